@@ -1,0 +1,1 @@
+"""Images, and the data sets that stages 1 and 2 train on."""

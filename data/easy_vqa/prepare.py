@@ -1,0 +1,287 @@
+"""Easy-VQA: 5,000 images of one coloured shape each, with 48,248 questions, as training files.
+
+The data set comes inside a Python package, so nothing is downloaded here. It is small enough to train a tiny
+vision-language model on a laptop, through the same three steps that a large one takes:
+
+    pip install easy-vqa
+    python data/easy_vqa/prepare.py                  # writes into data/easy_vqa, takes some seconds
+    python -m data.easy_vqa.prepare --out elsewhere  # the same, into another folder
+
+    file                             samples of                                            for
+    -------------------------------  ----------------------------------------------------  ------------------------
+    text.json      text_val.json     a described image, questions about it; no image       a language model from scratch
+    captions.json  captions_val.json an image and its caption                              stage 1
+    train.json     val.json          an image, all its questions in one conversation       stage 2
+    test.json                        a test image and one question                         evaluation
+
+The `_val` files and val.json are all about the same 100 training images, and no other file has one of these.
+
+Every file is LLaVA's conversation JSON, its image paths relative to the file's own folder:
+
+    [{"id": "train-17",
+      "image": "images/train/17.png",                                      (absent: text only)
+      "conversations": [{"from": "human", "value": "<|image|>what color is the shape?"},
+                        {"from": "gpt", "value": "blue"}, ...]}, ...]
+
+The package names neither the colour nor the shape of an image; captions need both. We find them by elimination:
+
+    8 colours x 3 shapes = 24 scenes  ->  those that give this answer to each of the image's questions  ->  one left?
+
+An image that several scenes fit has no caption, but still its questions in train.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
+# The package's 107 questions are these, a `thing` being "blue shape" (a colour) or "rectangle" (a shape).
+IS_THERE = (
+    "does the image contain a {thing}?",
+    "is a {thing} present?",
+    "is there a {thing}?",
+    "is there a {thing} in the image?",
+)
+IS_THERE_NOT = (
+    "does the image not contain a {thing}?",
+    "is no {thing} present?",
+    "is there not a {thing}?",
+    "is there not a {thing} in the image?",
+)
+WHAT_COLOR = ("what color is the {shape}?", "what is the color of the {shape}?")
+WHAT_SHAPE = ("what shape does the image contain?", "what shape is in the image?", "what shape is present?")
+WHICH_SHAPE = "what is the {color} shape?"
+
+CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
+
+N_HELD_OUT = 100  # training images kept for the validation files
+N_TEXT = 8000  # samples in text.json
+CAPTION_SHARE = 0.2  # of the samples in text.json
+
+
+class Scene(NamedTuple):
+    """What one image shows."""
+
+    color: str
+    shape: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.color} {self.shape}."
+
+    @property
+    def description(self) -> str:
+        """Stands where the image would, in conversations of text only."""
+        return f"The image shows a {self.color} {self.shape}."
+
+
+SCENES = [Scene(color, shape) for color in COLORS for shape in SHAPES]
+
+Turn = tuple[str, str]  # a question and its answer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Questions and their answers
+
+
+def answers_of(scene: Scene) -> dict[str, str]:
+    """Every question that can be asked about a scene, with its answer.
+
+    A question that takes something wrong for granted ("what is the blue shape?" of a red one) is not among them.
+    """
+    answers = {}
+    for thing in [f"{color} shape" for color in COLORS] + list(SHAPES):
+        present = thing in (f"{scene.color} shape", scene.shape)
+        for form in IS_THERE:
+            answers[form.format(thing=thing)] = "yes" if present else "no"
+        for form in IS_THERE_NOT:
+            answers[form.format(thing=thing)] = "no" if present else "yes"
+    answers.update(what_questions(scene))
+    return answers
+
+
+def what_questions(scene: Scene) -> dict[str, str]:
+    """The questions whose answer is a colour or a shape."""
+    answers = {WHICH_SHAPE.format(color=scene.color): scene.shape}
+    for form in WHAT_SHAPE:
+        answers[form] = scene.shape
+    for form in WHAT_COLOR:
+        answers[form.format(shape="shape")] = scene.color
+        answers[form.format(shape=scene.shape)] = scene.color
+    return answers
+
+
+ANSWERS = {scene: answers_of(scene) for scene in SCENES}
+
+
+def scene_of(turns: list[Turn]) -> Scene | None:
+    """The one scene that agrees with all these answers; None where several do."""
+    fitting = [scene for scene in SCENES if all(ANSWERS[scene].get(question) == answer for question, answer in turns)]
+    if not fitting:
+        raise ValueError(f"no scene agrees with these answers: {turns}")
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def invent_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+    """8 to 10 questions about a scene.
+
+    Drawn evenly from `ANSWERS` nearly all would be about what is absent, and "not" alone would mean "yes". So half of
+    the things asked for are there, and every fourth question is a "what".
+    """
+    other_color = rng.choice([color for color in COLORS if color != scene.color])
+    other_shape = rng.choice([shape for shape in SHAPES if shape != scene.shape])
+    things = (f"{scene.color} shape", f"{other_color} shape", scene.shape, other_shape)
+    about_presence = [form.format(thing=thing) for form in IS_THERE + IS_THERE_NOT for thing in things]
+    n_turns = rng.randint(8, 10)
+    n_what = n_turns // 4
+    questions = rng.sample(sorted(what_questions(scene)), n_what) + rng.sample(about_presence, n_turns - n_what)
+    rng.shuffle(questions)
+    return [(question, ANSWERS[scene][question]) for question in questions]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def make_sample(name: str, turns: list[Turn], before: str, image: str | None = None) -> dict:
+    """One conversation. `before` opens its first question: the image's placeholder or the scene's description."""
+    sample = {"id": name}
+    if image is not None:
+        sample["image"] = image
+    sample["conversations"] = []
+    for question, answer in turns:
+        sample["conversations"].append({"from": "human", "value": before + question})
+        sample["conversations"].append({"from": "gpt", "value": answer})
+        before = ""
+    return sample
+
+
+def image_sample(split: str, image_id: int, turns: list[Turn], suffix: str = "") -> dict:
+    return make_sample(f"{split}-{image_id}{suffix}", turns, "<|image|>", f"images/{split}/{image_id}.png")
+
+
+def caption_samples(image_ids: list[int], scenes: dict[int, Scene]) -> list[dict]:
+    return [image_sample("train", i, [(CAPTION_REQUEST, scenes[i].caption)]) for i in image_ids if i in scenes]
+
+
+def question_samples(image_ids: list[int], turns: dict[int, list[Turn]]) -> list[dict]:
+    return [image_sample("train", i, turns[i]) for i in image_ids]
+
+
+def described_samples(image_ids: list[int], turns: dict[int, list[Turn]], scenes: dict[int, Scene]) -> list[dict]:
+    """An image's questions, with words in the place of the image."""
+    return [make_sample(f"text-{i}", turns[i], scenes[i].description + " ") for i in image_ids if i in scenes]
+
+
+def invented_samples(n_questions: int, n_captions: int, rng: random.Random) -> list[dict]:
+    """Text only, all 24 scenes equally often: conversations, then captions."""
+    samples = []
+    for k in range(n_questions):
+        scene = SCENES[k % len(SCENES)]
+        samples.append(make_sample(f"text-rule-{k}", invent_turns(scene, rng), scene.description + " "))
+    for k in range(n_captions):
+        scene = SCENES[k % len(SCENES)]
+        turn = (CAPTION_REQUEST, scene.caption)
+        samples.append(make_sample(f"text-caption-{k}", [turn], scene.description + " "))
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def turns_by_image(questions: list[str], answers: list[str], image_ids: list[int]) -> dict[int, list[Turn]]:
+    turns = defaultdict(list)
+    for question, answer, image_id in zip(questions, answers, image_ids, strict=True):
+        turns[image_id].append((question, answer))
+    return dict(sorted(turns.items()))
+
+
+def copy_images(paths: dict[int, str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for image_id, path in tqdm(sorted(paths.items()), desc=f"images to {folder}", unit="image"):
+        shutil.copyfile(path, folder / f"{image_id}.png")
+
+
+def write_samples(path: Path, samples: list[dict]) -> None:
+    """Written beside and then renamed: a file of this name is always complete."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    n_images = len({sample["image"] for sample in samples if "image" in sample})
+    n_turns = sum(len(sample["conversations"]) // 2 for sample in samples)
+    print(f"{path}: {len(samples):,} samples, {n_images:,} images, {n_turns:,} questions")
+
+
+def prepare(out: Path, seed: int) -> None:
+    import easy_vqa  # an extra: only this script needs it
+
+    rng = random.Random(seed)
+    train_turns = turns_by_image(*easy_vqa.get_train_questions())
+    test_turns = turns_by_image(*easy_vqa.get_test_questions())
+
+    scenes = {}
+    for image_id, turns in train_turns.items():
+        scene = scene_of(turns)
+        if scene is not None:
+            scenes[image_id] = scene
+        rng.shuffle(turns)
+
+    held_out = sorted(rng.sample(sorted(scenes), N_HELD_OUT))
+    kept = sorted(set(train_turns) - set(held_out))
+    n_unknown = len(train_turns) - len(scenes)
+    print(f"{n_unknown} of {len(train_turns):,} training images: colour and shape do not follow from the answers")
+
+    text = described_samples(kept, train_turns, scenes)
+    n_captions = round(CAPTION_SHARE * N_TEXT)
+    text += invented_samples(N_TEXT - n_captions - len(text), n_captions, rng)
+    train = question_samples(kept, train_turns)
+    captions = caption_samples(kept, scenes)
+    for samples in (text, train, captions):
+        rng.shuffle(samples)
+    test = [
+        image_sample("test", image_id, [turn], suffix=f"-{k}")
+        for image_id, turns in test_turns.items()
+        for k, turn in enumerate(turns)
+    ]
+
+    # The images first: where there is a JSON file, its images are there.
+    copy_images(easy_vqa.get_train_image_paths(), out / "images" / "train")
+    copy_images(easy_vqa.get_test_image_paths(), out / "images" / "test")
+    write_samples(out / "text.json", text)
+    write_samples(out / "text_val.json", described_samples(held_out, train_turns, scenes))
+    write_samples(out / "captions.json", captions)
+    write_samples(out / "captions_val.json", caption_samples(held_out, scenes))
+    write_samples(out / "train.json", train)
+    write_samples(out / "val.json", question_samples(held_out, train_turns))
+    write_samples(out / "test.json", test)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/easy_vqa"), help="folder to fill (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        prepare(args.out, args.seed)
+    except ImportError:
+        print("The package easy_vqa is not installed: pip install easy-vqa", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"Cannot write into {args.out}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

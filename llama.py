@@ -1,0 +1,260 @@
+"""LLaMA, with Owl2's modality-adaptive module (Owl1 section 3.1; Owl2 section 3.2).
+
+The decoder reads one sequence in which words and image words stand side by side:
+
+    x [B, T, C]                      text embeddings, with image words written over their places
+      | n_layer times:
+      |   h = input_layernorm(x)             * one weight for text, one for images
+      |   q = q_proj(h)                      shared
+      |   k, v = k_proj(h), v_proj(h)        * one projection for text, one for images
+      |   x = x + o_proj(causal attention(rope(q), rope(k), v))
+      |   h = post_attention_layernorm(x)    * one weight for text, one for images
+      |   x = x + down_proj(silu(gate_proj(h)) * up_proj(h))
+      | norm
+    x [B, T, C]  --lm_head-->  logits [B, T, vocab_size]
+
+The lines marked * are the modality-adaptive module. In Owl1 they are plain: one
+set of weights for everything. In Owl2 an image word keeps the features of its own
+modality, while both still meet in one attention and one MLP. (Grouped-query heads:
+k and v may have fewer heads than q, each then serves several.)
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class LlamaConfig:
+    """The shape of the decoder; the defaults are LLaMA-7B's."""
+
+    vocab_size: int = 32000
+    context: int = 2048  # the longest sequence, in tokens
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int = 32
+    n_embd: int = 4096
+    n_mlp: int = 11008
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    adaptive: bool = False  # the modality-adaptive module: Owl2
+    bos_id: int = 1
+    eos_id: int = 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class Split(NamedTuple):
+    """Which tokens are image words: found once, used by all layers. None stands for a pure text."""
+
+    is_image: Tensor  # [B, T, 1] bool
+    order: Tensor  # [B * T] int64: where the text tokens are, then where the image words are
+    inverse: Tensor  # [B * T] int64: undoes `order`
+    n_text: int
+
+    @staticmethod
+    def of(is_image: Tensor, n_image: int) -> "Split":
+        """is_image: [B, T] bool with n_image ones. Knowing that number, a GPU need not be waited for."""
+        order = torch.argsort(is_image.flatten().to(torch.uint8), stable=True)
+        return Split(is_image[..., None], order, torch.argsort(order), is_image.numel() - n_image)
+
+
+class RMSNorm(nn.Module):
+    """Scales each token to unit root mean square, then by a learned weight."""
+
+    def __init__(self, n_embd: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """An RMSNorm with one weight for text, [0], and one for image words, [1]."""
+
+    def __init__(self, n_embd: int, eps: float):
+        super().__init__()
+        self.multiway = nn.ModuleList(RMSNorm(n_embd, eps) for _ in range(2))
+
+    def forward(self, x: Tensor, split: Split | None) -> Tensor:
+        text, image = self.multiway
+        if split is None:
+            return text(x)
+        x = F.rms_norm(x, text.weight.shape, eps=text.eps)
+        return x * torch.where(split.is_image, image.weight, text.weight)
+
+
+class AdaptiveLinear(nn.Module):
+    """A Linear for text, [0], and a Linear for image words, [1]: each token passes through its own, once."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.multiway = nn.ModuleList(nn.Linear(n_in, n_out, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, split: Split | None) -> Tensor:
+        text, image = self.multiway
+        if split is None:
+            return text(x)
+        B, T, C = x.shape
+        # Gather each modality's tokens, project them apart, and put the results back in their places.
+        tokens = x.reshape(B * T, C)[split.order]
+        y = torch.cat([text(tokens[: split.n_text]), image(tokens[split.n_text :])])
+        return y[split.inverse].view(B, T, -1)
+
+
+class Cache:
+    """The keys and values of all tokens read so far, so that the next token is all that need be computed.
+
+    `layers[i]` holds a key and a value buffer, [B, n_kv_head, size, head_dim] each. Rows of a batch may
+    be of different lengths: `lengths [B]` says where each row's next token goes. What lies beyond a row's
+    length is left over from padding; it is masked, and overwritten as the row grows.
+    """
+
+    def __init__(self, config: LlamaConfig, B: int, size: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, B, config.n_kv_head, size, config.head_dim)
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.longest = 0  # the longest row's length, known without asking the device
+        self.ragged = False  # whether the rows' lengths differ
+
+
+class View(NamedTuple):
+    """How this pass's T tokens see the sequence: the same for all layers."""
+
+    cos: Tensor  # [B or 1, 1, T, head_dim]: the rotary embedding of their positions
+    sin: Tensor
+    positions: Tensor  # [B or 1, T]: where in the cache they go
+    n_visible: int  # keys in the cache that any of them may see
+    mask: Tensor | None  # [B, 1, T, n_visible] bool; None where the rule is plain
+    causal: bool  # a plain causal mask, left to the attention kernel
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: turns each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, T, D]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention, each token with itself and those before it."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        kv_width = config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        if config.adaptive:
+            self.k_proj = AdaptiveLinear(config.n_embd, kv_width)
+            self.v_proj = AdaptiveLinear(config.n_embd, kv_width)
+        else:
+            self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+            self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, view: View, split: Split | None, stored: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q = self.q_proj(x)
+        if self.config.adaptive:
+            k = self.k_proj(x, split)
+            v = self.v_proj(x, split)
+        else:
+            k = self.k_proj(x)
+            v = self.v_proj(x)
+        q = q.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # [B, n_head, T, head_dim]
+        k = k.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # [B, n_kv_head, T, head_dim]
+        v = v.view(B, T, -1, self.config.head_dim).transpose(1, 2)
+        q = rotate(q, view.cos, view.sin)
+        k = rotate(k, view.cos, view.sin)
+        if stored is not None:
+            rows = torch.arange(B, device=x.device)[:, None]
+            stored[0][rows, :, view.positions] = k.transpose(1, 2)
+            stored[1][rows, :, view.positions] = v.transpose(1, 2)
+            if not view.causal:  # else nothing came before, and k and v are all there is to see
+                k, v = stored[:, :, :, : view.n_visible]
+        grouped = self.config.n_kv_head != self.config.n_head
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_mlp, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_mlp, bias=False)
+        self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.adaptive = config.adaptive
+        norm = AdaptiveRMSNorm if config.adaptive else RMSNorm
+        self.input_layernorm = norm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = norm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, view: View, split: Split | None, stored: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self._norm(self.input_layernorm, x, split), view, split, stored)
+        x = x + self.mlp(self._norm(self.post_attention_layernorm, x, split))
+        return x
+
+    def _norm(self, norm: nn.Module, x: Tensor, split: Split | None) -> Tensor:
+        return norm(x, split) if self.adaptive else norm(x)
+
+
+class Llama(nn.Module):
+    """The decoder. The names of its parts are those of the hub's LLaMA weights."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, split: Split | None = None, cache: Cache | None = None) -> Tensor:
+        """Runs the decoder over embedded tokens.
+
+        x: [B, T, n_embd]. With a cache the tokens continue each of its rows and are stored in it; it is
+        for the caller to move `cache.lengths` on. Returns [B, T, n_embd], normalised for lm_head.
+        """
+        view = self._view(x, cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, view, split, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    def _view(self, x: Tensor, cache: Cache | None) -> View:
+        T = x.shape[1]
+        positions = torch.arange(T, device=x.device)[None]  # [1, T]
+        mask = None
+        causal = cache is None or cache.longest == 0
+        n_visible = T
+        if not causal:
+            positions = cache.lengths[:, None] + positions  # [B, T]
+            n_visible = cache.longest + T
+            if T > 1 or cache.ragged:  # a single token at the end of the cache sees all of it
+                keys = torch.arange(n_visible, device=x.device)
+                mask = (keys <= positions[:, :, None])[:, None]  # [B, 1, T, n_visible]
+        D = self.config.head_dim
+        frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+        angle = positions[..., None] * frequency  # [B or 1, T, D / 2]
+        angle = torch.cat([angle, angle], dim=-1)[:, None]  # [B or 1, 1, T, D]
+        return View(angle.cos().to(x.dtype), angle.sin().to(x.dtype), positions, n_visible, mask, causal)

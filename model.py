@@ -1,0 +1,271 @@
+"""mPLUG-Owl and mPLUG-Owl2: a vision tower, an abstractor and a language model, joined.
+
+    images [N, 3, H, W]                       ids [B, T], IMAGE_ID where an image word goes
+      | vit                vit.py               | embed_tokens
+    image tokens [N, 1 + P, C]                text embeddings [B, T, n_embd]
+      | abstractor         abstractor.py        |
+    image words [N, n_query + 1, n_embd] -----> written over the IMAGE_ID places
+                                                |
+                                              x [B, T, n_embd]
+                                                | llama       llama.py
+                                              logits [B, T, vocab_size]
+
+Owl1 (arXiv 2304.14178) and Owl2 (arXiv 2311.04257) are the same drawing. Owl2 adds
+position codes to the abstractor, sees 448 pixels instead of 224, and gives image
+words their own norms and K/V projections in the language model (the
+modality-adaptive module). Each of these is a number in the configuration.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abstractor import Abstractor, AbstractorConfig
+from llama import Cache, Llama, LlamaConfig, Split
+from vit import ViT, ViTConfig
+
+IMAGE_ID = -200  # in `ids`: an image word stands here. Each image has n_query + 1 of them, in a row.
+IGNORE = -100  # in `labels`: not supervised
+
+
+@dataclass
+class OwlConfig:
+    """What an Owl is made of. style: "owl1" or "owl2", which decides the prompt format."""
+
+    style: str
+    vit: ViTConfig
+    abstractor: AbstractorConfig
+    llama: LlamaConfig
+
+    @property
+    def image_size(self) -> int:
+        return self.vit.image_size
+
+    @property
+    def n_query(self) -> int:
+        return self.abstractor.n_query
+
+    @property
+    def image_words(self) -> int:
+        """Positions that one image takes in the language model's sequence."""
+        return self.abstractor.n_query + 1
+
+
+def owl1(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> OwlConfig:
+    return OwlConfig("owl1", vit, abstractor, llama)
+
+
+def owl2(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> OwlConfig:
+    """Fills in what makes an Owl2 of the three parts."""
+    abstractor.grid_size = vit.grid_size
+    abstractor.dropout = 0.0
+    llama.adaptive = True
+    return OwlConfig("owl2", vit, abstractor, llama)
+
+
+def tiny_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
+    """Parts small enough to be trained on two CPU cores within half an hour."""
+    return (
+        ViTConfig(image_size=64, patch_size=8, n_layer=4, n_head=4, n_embd=128, n_mlp=512),
+        AbstractorConfig(n_query=8, n_layer=2, n_head=4, n_embd=128, n_mlp=344, n_out=128, dropout=0.0),
+        LlamaConfig(vocab_size=512, context=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_mlp=344),
+    )
+
+
+def mid_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
+    """Parts for benchmarks: every cost of the 7B is visible, on a laptop."""
+    return (
+        ViTConfig(image_size=448, n_layer=6, n_head=4, n_embd=256, n_mlp=1024),
+        AbstractorConfig(n_layer=6, n_head=4, n_embd=256, n_mlp=704, n_out=512),
+        LlamaConfig(n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_mlp=1376),
+    )
+
+
+PRESETS = {
+    "owl1-7b": lambda: owl1(ViTConfig(), AbstractorConfig(), LlamaConfig()),
+    "owl2-7b": lambda: owl2(ViTConfig(image_size=448), AbstractorConfig(), LlamaConfig()),
+    "tiny-owl1": lambda: owl1(*tiny_parts()),
+    "tiny-owl2": lambda: owl2(*tiny_parts()),
+    "mid-owl2": lambda: owl2(*mid_parts()),
+}
+
+
+class Owl(nn.Module):
+    """A model that reads images and text, and writes text."""
+
+    def __init__(self, config: OwlConfig):
+        super().__init__()
+        self.config = config
+        self.vit = ViT(config.vit)
+        self.abstractor = Abstractor(config.abstractor)
+        self.llama = Llama(config.llama)
+
+    def init_weights(self) -> "Owl":
+        """Draws random weights, for training from scratch."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.vit.cls_token, std=0.02)
+        nn.init.normal_(self.vit.position_embedding, std=0.02)
+        nn.init.normal_(self.abstractor.queries, std=0.02)  # equal queries would stay equal in training
+        nn.init.normal_(self.abstractor.eos, std=0.02)
+        return self
+
+    def forward(
+        self, ids: Tensor, images: Tensor | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Reads a batch of sequences; with labels, says how well each next token was foreseen.
+
+        ids: [B, T] int64, IMAGE_ID at the n_query + 1 places of each image; rows padded on the right.
+        images: [N, 3, image_size, image_size], in the order of their places in ids (row by row).
+        labels: [B, T] int64, aligned with ids (the shift by one happens here), IGNORE where not supervised.
+        Returns (logits [B, T, vocab_size], None) without labels and (None, loss []) with them: the mean
+        over the supervised tokens, 0 where there is none.
+        Raises ValueError if the number of images does not match the places for them.
+        """
+        x, split = self._embed(ids, images)
+        x = self.llama(x, split)  # [B, T, n_embd]
+        if labels is None:
+            return self.llama.lm_head(x), None
+        # Position t foresees token t + 1. Logits are computed only where that token is supervised.
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        logits = self.llama.lm_head(x[:, :-1][supervised])  # [supervised tokens, vocab_size]
+        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return None, total / max(len(logits), 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images: [N, 3, image_size, image_size]. Returns image words [N, n_query + 1, n_embd]."""
+        return self.abstractor(self.vit(images))
+
+    def _embed(self, ids: Tensor, images: Tensor | None) -> tuple[Tensor, Split | None]:
+        """Embeds the text, writes the image words over their places: [B, T, n_embd], and which is which."""
+        n_image = self._check_images(ids, images)
+        x = self.llama.embed_tokens(ids.clamp(min=0))
+        if n_image == 0:
+            return x, None
+        is_image = ids == IMAGE_ID
+        words = self.encode_images(images)
+        x = x.masked_scatter(is_image[..., None], words.to(x.dtype))
+        return x, Split.of(is_image, n_image * self.config.image_words)
+
+    def _check_images(self, ids: Tensor, images: Tensor | None) -> int:
+        """Returns the number of images; raises ValueError unless ids has exactly their places."""
+        n_image = 0 if images is None else images.shape[0]
+        places = int((ids == IMAGE_ID).sum())
+        words = self.config.image_words
+        if places != n_image * words:
+            raise ValueError(
+                f"{n_image} images take {n_image * words} places in ids ({words} each), but ids has {places}"
+            )
+        return n_image
+
+    def generate(
+        self,
+        ids: Tensor,
+        images: Tensor | None = None,
+        lengths: Tensor | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: bool = True,
+    ) -> Iterator[Tensor]:
+        """Continues a batch of prompts, yielding the next ids [B] of all rows, one step at a time.
+
+        ids: [B, T] int64 as in forward; lengths [B]: rows shorter than T are padded on the right.
+        temperature 0 takes the likeliest token; above 0 one is drawn, among the top_k likeliest, or the
+        fewest that together have probability top_p. With a seed, each row draws the same numbers as it
+        would alone, whatever its neighbours.
+        A row ends with </s>, which is yielded, and yielded again while other rows go on; the iterator ends
+        when all rows have, or after max_new_tokens. stop=False does not stop at </s>. Rows also end where
+        the context does.
+        Raises ValueError, at the call, for what cannot be done.
+        """
+        self._check_images(ids, images)
+        B, T = ids.shape
+        if lengths is None:
+            lengths = torch.full((B,), T)
+        if lengths.shape != (B,) or T == 0 or int(lengths.min()) < 1 or int(lengths.max()) > T:
+            raise ValueError(f"lengths must hold a number from 1 to {T} for each of the {B} rows of ids")
+        context = self.config.llama.context
+        if int(lengths.max()) > context:
+            raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit the context of {context}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, not {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+        sampling = (temperature, top_k, top_p, seed)
+        return self._generate(ids, images, lengths.to(ids.device), max_new_tokens, sampling, stop)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        ids: Tensor,
+        images: Tensor | None,
+        lengths: Tensor,
+        max_new_tokens: int,
+        sampling: tuple[float, int | None, float | None, int | None],
+        stop: bool,
+    ) -> Iterator[Tensor]:
+        B, T = ids.shape
+        config = self.config.llama
+        temperature, top_k, top_p, seed = sampling
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+
+        # Prefill: read the whole prompts, keep their keys and values, look at each row's last token.
+        x, split = self._embed(ids, images)
+        size = max(T, min(T + max_new_tokens, config.context)) + 1  # the last place is for rows that have ended
+        cache = Cache(config, B, size, x.device, x.dtype)
+        x = self.llama(x, split, cache)
+        x = x[torch.arange(B, device=x.device), lengths - 1]  # [B, n_embd]
+        cache.lengths = lengths
+        cache.longest = int(lengths.max())
+        cache.ragged = int(lengths.min()) != cache.longest
+
+        for _ in range(max_new_tokens):
+            logits = self.llama.lm_head(x).float()  # [B, vocab_size]
+            if temperature == 0:
+                token = logits.argmax(dim=-1)
+            else:
+                # One number for all rows where there is a seed: then a row draws what it would draw alone.
+                luck = torch.rand(B if seed is None else 1, generator=generator)
+                token = draw(logits / temperature, top_k, top_p, luck.to(logits.device))
+            token = torch.where(ended, config.eos_id, token)
+            yield token
+            # A row ends with </s>, or when the token just drawn finds no place left to stand in the context.
+            ended = ended | (cache.lengths >= config.context)
+            if stop:
+                ended = ended | (token == config.eos_id)
+            if bool(ended.all()):
+                return
+            # Ended rows stay where they are; what they compute from here on is not used.
+            x = self.llama(self.llama.embed_tokens(token)[:, None], None, cache)[:, 0]
+            cache.lengths = torch.where(ended, cache.lengths, cache.lengths + 1)
+            cache.longest = min(cache.longest + 1, config.context)
+            cache.ragged = cache.ragged or bool(ended.any())
+
+
+def draw(logits: Tensor, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
+    """Draws a token a row: the one at which the running sum of probabilities passes `luck`.
+
+    logits: [B, V] float32. luck: [B] or [1], uniform in 0..1. Returns [B] int64.
+    """
+    p, token = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        before = p.cumsum(dim=-1) - p
+        p[before >= top_p] = 0  # never the first
+    total = p.cumsum(dim=-1)
+    choice = (total <= luck[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)
+    return token.gather(1, choice.clamp(max=p.shape[1] - 1))[:, 0]

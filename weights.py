@@ -1,0 +1,637 @@
+"""Reads and writes the official checkpoints, and the starting points of stage 1.
+
+A model folder, as it lies on the hub:
+
+    config.json                        its model_type says which owl it is
+    model.safetensors                  the weights: one file,
+    model-00001-of-00002.safetensors     or shards that model.safetensors.index.json lists;
+    pytorch_model.bin, ...               the same as pickles, of which only tensors are read
+    tokenizer.model                    LLaMA's SentencePiece model (data/text.py reads it)
+
+Loading goes shard by shard: the model is made without memory (on torch's meta
+device), each file is memory-mapped, each tensor is copied once, into its dtype and
+to its device, and becomes the parameter. So there is one copy of the model, and one
+shard, in memory. Every key of every file is either used or named in an error.
+
+The names of the language model's parts are the hub's own. Those of the vision tower
+and the abstractor are ours; the tables below say what they are called officially.
+"""
+
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from abstractor import AbstractorConfig, sincos_1d, sincos_2d
+from llama import LlamaConfig
+from lora import LoRALinear
+from model import Owl, OwlConfig
+from vit import ViTConfig, resize_positions
+
+# Our name in vit.py: the official name below the vision tower's prefix. {i} is the layer.
+VIT_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "position_embedding": "embeddings.position_embedding",
+    "patch_embed": "embeddings.patch_embed",
+    "pre_norm": "embeddings.pre_layernorm",
+    "blocks.{i}.norm1": "encoder.layers.{i}.input_layernorm",
+    "blocks.{i}.attn.qkv": "encoder.layers.{i}.self_attn.query_key_value",
+    "blocks.{i}.attn.proj": "encoder.layers.{i}.self_attn.dense",
+    "blocks.{i}.norm2": "encoder.layers.{i}.post_attention_layernorm",
+    "blocks.{i}.mlp.fc1": "encoder.layers.{i}.mlp.fc1",
+    "blocks.{i}.mlp.fc2": "encoder.layers.{i}.mlp.fc2",
+    "post_norm": "post_layernorm",
+}
+# Our name in abstractor.py: the official name below the abstractor's prefix.
+ABSTRACTOR_NAMES = {
+    "queries": "query_embeds",
+    "layers.{i}.norm_q": "encoder.layers.{i}.crossattention.norm1",
+    "layers.{i}.norm_k": "encoder.layers.{i}.crossattention.normk",
+    "layers.{i}.attn.q": "encoder.layers.{i}.crossattention.attention.query",
+    "layers.{i}.attn.k": "encoder.layers.{i}.crossattention.attention.key",
+    "layers.{i}.attn.v": "encoder.layers.{i}.crossattention.attention.value",
+    "layers.{i}.attn.q_pos": "encoder.layers.{i}.crossattention.attention.q_pos_embed",
+    "layers.{i}.attn.k_pos": "encoder.layers.{i}.crossattention.attention.k_pos_embed",
+    "layers.{i}.attn.out": "encoder.layers.{i}.crossattention.output.out_proj",
+    "layers.{i}.norm_mlp": "encoder.layers.{i}.crossattention.output.norm2",
+    "layers.{i}.mlp.w1": "encoder.layers.{i}.crossattention.output.mlp.w1",
+    "layers.{i}.mlp.w2": "encoder.layers.{i}.crossattention.output.mlp.w2",
+    "layers.{i}.mlp.w3": "encoder.layers.{i}.crossattention.output.mlp.w3",
+    "layers.{i}.mlp.norm": "encoder.layers.{i}.crossattention.output.mlp.ffn_ln",
+    "fc": "visual_fc",
+    "eos": "vit_eos",
+}
+# Where the parts stand in each owl's checkpoint.
+PREFIXES = {
+    "owl1": {
+        "vit": "vision_model.",
+        "abstractor": "abstractor.",
+        "llama": "language_model.model.",
+        "llama.lm_head": "language_model.lm_head.",
+        "abstractor.queries": "query_tokens",
+    },
+    "owl2": {
+        "vit": "model.vision_model.",
+        "abstractor": "model.visual_abstractor.",
+        "llama": "model.",
+        "llama.lm_head": "lm_head.",
+        "abstractor.queries": "model.visual_abstractor.query_embeds",
+    },
+}
+# CLIP's names for the vision tower; its q, k and v are three Linears, joined in `read_clip`.
+CLIP_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "position_embedding": "embeddings.position_embedding.weight",
+    "patch_embed": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",  # spelt so
+    "blocks.{i}.norm1": "encoder.layers.{i}.layer_norm1",
+    "blocks.{i}.attn.proj": "encoder.layers.{i}.self_attn.out_proj",
+    "blocks.{i}.norm2": "encoder.layers.{i}.layer_norm2",
+    "blocks.{i}.mlp.fc1": "encoder.layers.{i}.mlp.fc1",
+    "blocks.{i}.mlp.fc2": "encoder.layers.{i}.mlp.fc2",
+    "post_norm": "post_layernorm",
+}
+CLIP_UNUSED = ("text_model.", "text_projection", "visual_projection", "logit_scale", "vision_model.embeddings.position_ids")
+ROTARY = re.compile(r"(^|\.)layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # computed, never read
+
+MODEL_TYPES = {"mplug-owl": "owl1", "mplug_owl2": "owl2"}
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+SHARD_BYTES = 5_000_000_000
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def official_name(name: str, style: str) -> str:
+    """What our parameter or module `name` is called in the released checkpoints of that style."""
+    prefixes = PREFIXES[style]
+    part, rest = name.split(".", 1)
+    if name == "abstractor.queries":
+        return prefixes[name]
+    if part == "vit":
+        return prefixes[part] + _rename(rest, VIT_NAMES)
+    if part == "abstractor":
+        return prefixes[part] + _rename(rest, ABSTRACTOR_NAMES)
+    if rest.startswith("lm_head"):
+        return prefixes["llama.lm_head"] + rest.removeprefix("lm_head.")
+    return prefixes[part] + rest
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    """Looks a name up in a table, setting its layer number and its `.weight` or `.bias` aside."""
+    stem, dot, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        stem, dot, leaf = name, "", ""
+    layer = re.search(r"\.(\d+)\.", stem)
+    if layer is None:
+        return table[stem] + dot + leaf
+    stem = stem.replace(layer[0], ".{i}.", 1)
+    return table[stem].replace("{i}", layer[1]) + dot + leaf
+
+
+def official_state(model: Owl) -> dict[str, Tensor]:
+    """The model's parameters and position buffers (not copies) under the released checkpoints' names.
+
+    An adapter's own matrices are not part of it (lora.save writes them).
+    """
+    style = model.config.style
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".lora_" not in name:
+            state[official_name(name, style)] = tensor
+    return state
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object; ValueError in one sentence if it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def weight_map(folder: Path) -> dict[Path, list[str] | None]:
+    """The weight files of a model folder; for shards the keys that the index places in each.
+
+    Raises FileNotFoundError if there are none, ValueError for an index that points outside the folder.
+    """
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            break
+    else:
+        raise FileNotFoundError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+    if not name.endswith(".index.json"):
+        return {path: None}
+    shards = {}
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{path} has no weight_map")
+    for key, shard in index.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".bin", ".safetensors")):
+            raise ValueError(f"{path} names a shard {shard!r}: only weight files beside it are read")
+        shards.setdefault(folder / shard, []).append(key)
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing, though {path.name} lists it")
+    return shards
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Memory-maps one weight file; nothing but tensors is ever unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Only files of torch's zip format can be mapped; older ones are read whole.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"{path} cannot be read, it seems truncated or corrupt ({reason})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} should hold a dictionary of tensors and nothing else")
+    return tensors
+
+
+def read_folder(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Yields (file, key, memory-mapped tensor) for all weights of a folder, a file at a time, with a progress bar."""
+    shards = weight_map(folder)
+    for path, keys in tqdm(shards.items(), desc=f"loading {folder.name}", unit="file", disable=None, leave=False):
+        tensors = read_tensors(path)
+        for key in keys or ():
+            if key not in tensors:
+                raise ValueError(f"{path} has no tensor {key}, though the index places it there")
+        for key in list(tensors):
+            yield path, key, tensors.pop(key)
+
+
+# --- config.json -----------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> OwlConfig:
+    """Reads an owl's config.json.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for anything that is not an mPLUG-Owl or
+    mPLUG-Owl2 that this code can run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    content = read_json(path)
+    style = MODEL_TYPES.get(content.get("model_type"))
+    if style is None:
+        raise ValueError(
+            f"{path} is of model_type {content.get('model_type')!r}; known are {' and '.join(MODEL_TYPES)}"
+        )
+    try:
+        return parse_config(content, style)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_config(content: dict, style: str) -> OwlConfig:
+    """Turns the content of a config.json into a configuration. What it does not say is as in the 7B models."""
+    if style == "owl1":
+        vit, abstractor, llama = (
+            content.get(key, {}) for key in ("vision_config", "visual_abstractor_config", "text_config")
+        )
+        n_query = _number(content, "num_query_tokens", 64)
+        image_size = _number(vit, "image_size", 224)
+    else:
+        visual = content.get("visual_config", {})
+        vit, abstractor, llama = visual.get("visual_model", {}), visual.get("visual_abstractor", {}), content
+        n_query = _number(abstractor, "num_learnable_queries", 64)
+        image_size = _number(vit, "image_size", 448)
+    _expect(vit, "hidden_act", "quick_gelu")
+    _expect(vit, "use_cls_token", True)
+    _expect(vit, "use_post_layernorm", True)
+    _expect(llama, "hidden_act", "silu")
+    _expect(llama, "attention_bias", False)
+    _expect(llama, "rope_scaling", None)
+    _expect(llama, "tie_word_embeddings", False)
+    n_head = _number(llama, "num_attention_heads", 32)
+    config = OwlConfig(
+        style=style,
+        vit=ViTConfig(
+            image_size=image_size,
+            patch_size=_number(vit, "patch_size", 14),
+            n_layer=_number(vit, "num_hidden_layers", 24),
+            n_head=_number(vit, "num_attention_heads", 16),
+            n_embd=_number(vit, "hidden_size", 1024),
+            n_mlp=_number(vit, "intermediate_size", 4096),
+            norm_eps=_number(vit, "layer_norm_eps", 1e-6),
+        ),
+        abstractor=AbstractorConfig(
+            n_query=n_query,
+            n_layer=_number(abstractor, "num_hidden_layers", 6),
+            n_head=_number(abstractor, "num_attention_heads", 16),
+            n_embd=_number(abstractor, "hidden_size", 1024),
+            n_mlp=_number(abstractor, "intermediate_size", 2816),
+            n_out=_number(llama, "hidden_size", 4096),
+            norm_eps=_number(abstractor, "layer_norm_eps", 1e-6),
+            dropout=float(abstractor.get("attention_probs_dropout_prob", 0.1 if style == "owl1" else 0.0)),
+        ),
+        llama=LlamaConfig(
+            vocab_size=_number(llama, "vocab_size", 32000),
+            context=_number(llama, "max_position_embeddings", 2048),
+            n_layer=_number(llama, "num_hidden_layers", 32),
+            n_head=n_head,
+            n_kv_head=_number(llama, "num_key_value_heads", n_head),
+            n_embd=_number(llama, "hidden_size", 4096),
+            n_mlp=_number(llama, "intermediate_size", 11008),
+            norm_eps=_number(llama, "rms_norm_eps", 1e-6),
+            rope_theta=_number(llama, "rope_theta", 10000.0),
+            adaptive=style == "owl2",
+            bos_id=int(llama.get("bos_token_id", 1)),
+            eos_id=int(llama.get("eos_token_id", 2)),
+        ),
+    )
+    if style == "owl2":
+        config.abstractor.grid_size = config.vit.grid_size
+    for part in (config.vit, config.abstractor, config.llama):
+        if part.n_embd % part.n_head != 0:
+            raise ValueError(f"a width of {part.n_embd} does not divide into {part.n_head} heads")
+    if config.llama.n_head % config.llama.n_kv_head != 0:
+        raise ValueError(f"{config.llama.n_head} heads do not share {config.llama.n_kv_head} key/value heads evenly")
+    if config.vit.n_embd != config.abstractor.n_embd:
+        raise ValueError(
+            f"the vision tower ({config.vit.n_embd}) and the abstractor ({config.abstractor.n_embd}) differ in width"
+        )
+    return config
+
+
+def _number(section: dict, key: str, default: float) -> float:
+    """A positive number from a config section; whole where the default is."""
+    value = section.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not value > 0:
+        raise ValueError(f"{key} should be a positive number, not {value!r}")
+    return value
+
+
+def _expect(section: dict, key: str, only: object) -> None:
+    if section.get(key, only) not in (only, None):
+        raise ValueError(f"{key} is {section[key]!r}; only {only!r} is supported")
+
+
+def official_config(model: Owl) -> dict:
+    """The config.json that the released code wants for this model."""
+    config = model.config
+    vit = {
+        "model_type": "mplug_owl_vision_model",
+        "image_size": config.vit.image_size,
+        "patch_size": config.vit.patch_size,
+        "num_hidden_layers": config.vit.n_layer,
+        "num_attention_heads": config.vit.n_head,
+        "hidden_size": config.vit.n_embd,
+        "intermediate_size": config.vit.n_mlp,
+        "layer_norm_eps": config.vit.norm_eps,
+        "hidden_act": "quick_gelu",
+        "num_channels": 3,
+        "use_flash_attn": False,
+    }
+    abstractor = {
+        "model_type": "mplug_owl_visual_abstract",
+        "num_hidden_layers": config.abstractor.n_layer,
+        "num_attention_heads": config.abstractor.n_head,
+        "hidden_size": config.abstractor.n_embd,
+        "encoder_hidden_size": config.vit.n_embd,
+        "intermediate_size": config.abstractor.n_mlp,
+        "layer_norm_eps": config.abstractor.norm_eps,
+        "attention_probs_dropout_prob": config.abstractor.dropout,
+    }
+    llama = {
+        "vocab_size": config.llama.vocab_size,
+        "max_position_embeddings": config.llama.context,
+        "num_hidden_layers": config.llama.n_layer,
+        "num_attention_heads": config.llama.n_head,
+        "num_key_value_heads": config.llama.n_kv_head,
+        "hidden_size": config.llama.n_embd,
+        "intermediate_size": config.llama.n_mlp,
+        "rms_norm_eps": config.llama.norm_eps,
+        "rope_theta": config.llama.rope_theta,
+        "bos_token_id": config.llama.bos_id,
+        "eos_token_id": config.llama.eos_id,
+        "pad_token_id": 0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    dtype = str(model.llama.lm_head.weight.dtype).removeprefix("torch.")
+    if config.style == "owl1":
+        return {
+            "architectures": ["MplugOwlForConditionalGeneration"],
+            "model_type": "mplug-owl",
+            "num_query_tokens": config.n_query,
+            "torch_dtype": dtype,
+            "vision_config": vit,
+            "visual_abstractor_config": abstractor,
+            "text_config": {"model_type": "llama"} | llama,
+        }
+    vit |= {"use_cls_token": True, "use_post_layernorm": True}
+    abstractor |= {
+        "grid_size": config.abstractor.grid_size,
+        "num_learnable_queries": config.n_query,
+        "use_cls_token": True,
+        "add_v2t_pos_emb": False,
+    }
+    return llama | {
+        "architectures": ["MPLUGOwl2LlamaForCausalLM"],
+        "model_type": "mplug_owl2",
+        "attention_bias": False,
+        "rope_scaling": None,
+        "torch_dtype": dtype,
+        "visual_config": {"visual_model": vit, "visual_abstractor": abstractor},
+    }
+
+
+# --- load and save ---------------------------------------------------------------------------------
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Owl:
+    """Loads an official checkpoint folder, Owl1 or Owl2, in evaluation mode.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for a folder that is not one, a file that cannot
+    be read, a key that the model does not have, and a tensor that is missing or of another shape.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    # Some Owl1 config files give the abstractor's MLP as 4096 wide while the weights are 2816: trust the weights.
+    probe = official_name("abstractor.layers.0.mlp.w1.weight", config.style)
+    for path, keys in weight_map(folder).items():
+        if keys is None or probe in keys:
+            tensor = read_tensors(path).get(probe)
+            if tensor is not None:
+                config.abstractor.n_mlp = tensor.shape[0]
+    with torch.device("meta"):
+        model = Owl(config)
+    expected = model.state_dict()
+    ours = {official_name(name, config.style): name for name in expected}
+    state = {}
+    unknown = []
+    for path, key, tensor in read_folder(folder):
+        if ROTARY.search(key):
+            continue
+        name = ours.get(key)
+        if name is None:
+            unknown.append(f"{path.name}: {key}")
+            continue
+        _check_shape(path, key, tensor, expected[name])
+        state[name] = tensor.to(device, dtype, copy=True)
+    _refuse_unknown(folder, unknown)
+    for name in expected:
+        if name not in state and name.endswith((".q_pos", ".k_pos")):
+            state[name] = position_codes(config.abstractor, name).to(device, dtype)
+    _assign(model, state, folder)
+    model.origin = folder
+    return model.eval()
+
+
+def position_codes(config: AbstractorConfig, name: str) -> Tensor:
+    """The fixed position codes that the buffer `name` (.q_pos or .k_pos) holds."""
+    if name.endswith(".q_pos"):
+        return sincos_1d(torch.arange(config.n_query), config.n_embd)
+    return sincos_2d(config.grid_size, config.n_embd)
+
+
+def _check_shape(path: Path, key: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise ValueError(
+            f"{path}: {key} has shape {list(tensor.shape)}, but the model's is {list(expected.shape)}"
+        )
+
+
+def _refuse_unknown(folder: Path, unknown: list[str]) -> None:
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(f"{folder} has tensors that the model does not: {', '.join(unknown[:5])}{more}")
+
+
+def _assign(model: Owl, state: dict[str, Tensor], folder: Path) -> None:
+    """Makes the tensors the model's own; ValueError if any is missing."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state]
+    if missing:
+        name = missing[0]
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{folder} lacks {official_name(name, model.config.style)}, of shape {list(expected[name].shape)}{more}"
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def save_model(model: Owl, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Writes a model folder in the official layout: sharded safetensors, index, config.json, tokenizer files.
+
+    tokenizer: the folder whose tokenizer files go with it; by default the one the model was loaded from.
+    Each file is written beside its place and then moved there. Raises ValueError if an adapter is not
+    merged, or if the folder holds weights under other names, which readers would mix up with these.
+    """
+    folder = Path(folder)
+    if any(isinstance(module, LoRALinear) and not module.merged for module in model.modules()):
+        raise ValueError("merge the adapter first (lora.merge), or save it alone (lora.save)")
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [name for name in WEIGHT_FILES[1:] if (folder / name).exists()]
+    if others:
+        raise ValueError(f"{folder} already holds other weights ({', '.join(others)}): save to another folder")
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for key, tensor in official_state(model).items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        room -= size
+        shards[-1][key] = tensor.detach().contiguous()
+    index = {}
+    total = 0
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / f"{name}.part", metadata={"format": "pt"})
+        (folder / f"{name}.part").replace(folder / name)
+        index |= {key: name for key in shard}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
+    source = tokenizer or getattr(model, "origin", None)
+    if source is not None and Path(source).resolve() != folder.resolve():
+        for name in TOKENIZER_FILES:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, folder / f"{name}.part")
+                (folder / f"{name}.part").replace(folder / name)
+    write_json(folder / "config.json", official_config(model))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file beside its place and moves it there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def resize_images(model: Owl, image_size: int) -> None:
+    """Lets the model see images of another size: position embeddings are interpolated, codes computed anew.
+
+    Owl2's stage 1 runs at 224 pixels, its stage 2 at 448. Raises ValueError if patches do not tile the size.
+    """
+    config = model.config
+    if image_size == config.image_size:
+        return
+    if image_size < 1 or image_size % config.vit.patch_size != 0:
+        raise ValueError(f"an image size of {image_size} is not a multiple of the patch size {config.vit.patch_size}")
+    config.vit.image_size = image_size
+    table = resize_positions(model.vit.position_embedding.data, config.vit.n_token)
+    model.vit.position_embedding = nn.Parameter(table)
+    if config.style == "owl2":
+        config.abstractor.grid_size = config.vit.grid_size
+        for layer in model.abstractor.layers:
+            layer.attn.k_pos = position_codes(config.abstractor, ".k_pos").to(layer.attn.k_pos)
+
+
+# --- the starting points of stage 1 ------------------------------------------------------------------
+
+
+def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Owl:
+    """Makes an owl for stage 1 from CLIP's vision tower and a LLaMA; the abstractor is new (FACTS: random).
+
+    clip: a folder like openai/clip-vit-large-patch14. llama: a folder like huggyllama/llama-7b (Owl1) or
+    meta-llama/Llama-2-7b-hf (Owl2). The image halves of the modality-adaptive module start as copies of
+    the text halves. CLIP's position embeddings are interpolated to the configured image size.
+    Raises as load_model does.
+    """
+    model = Owl(config).init_weights()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("abstractor.")}
+    expected = model.state_dict()
+    state |= read_clip(Path(clip), config.vit, expected)
+    state |= read_llama(Path(llama), config.llama, expected)
+    _assign(model, state, Path(llama))
+    model.origin = Path(llama)
+    return model
+
+
+def read_clip(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's vision tower under our names; the text tower is passed over."""
+    found = {}
+    places = {}
+    for path, key, tensor in read_folder(folder):
+        if not key.startswith(CLIP_UNUSED):
+            found[key] = tensor
+            places[key] = path
+    wanted = {}
+    for name in expected:
+        if name.startswith("vit.") and ".qkv." not in name:
+            wanted[name] = "vision_model." + _rename(name.removeprefix("vit."), CLIP_NAMES)
+    state = {}
+    for name, key in wanted.items():
+        tensor = _take(found, key, folder)
+        if name in ("vit.cls_token", "vit.position_embedding"):
+            tensor = tensor.reshape(1, -1, config.n_embd)
+        if name == "vit.position_embedding":
+            tensor = resize_positions(tensor, config.n_token)
+        _check_shape(places[key], key, tensor, expected[name])
+        state[name] = tensor.to(torch.float32, copy=True)
+    for i in range(config.n_layer):
+        for leaf in ("weight", "bias"):
+            name = f"vit.blocks.{i}.attn.qkv.{leaf}"
+            keys = [f"vision_model.encoder.layers.{i}.self_attn.{x}_proj.{leaf}" for x in "qkv"]
+            parts = [_take(found, key, folder) for key in keys]
+            for key, part in zip(keys, parts):
+                _check_shape(places[key], key, part, expected[name].chunk(3)[0])
+            heads = [part.reshape(config.n_head, 1, config.n_embd // config.n_head, *part.shape[1:]) for part in parts]
+            joined = torch.cat(heads, dim=1)  # [n_head, 3, head_dim, ...]: head by head, as vit.py reads it
+            state[name] = joined.reshape(expected[name].shape).to(torch.float32)
+    _refuse_unknown(folder, list(found))
+    return state
+
+
+def read_llama(folder: Path, config: LlamaConfig, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain LLaMA under our names; both halves of the modality-adaptive module get the one weight there is."""
+    found = {}
+    places = {}
+    for path, key, tensor in read_folder(folder):
+        if not ROTARY.search(key):
+            found[key] = tensor
+            places[key] = path
+    state = {}
+    used = set()
+    for name in expected:
+        if not name.startswith("llama."):
+            continue
+        key = re.sub(r"\.multiway\.[01]", "", name.removeprefix("llama."))
+        if not key.startswith("lm_head."):
+            key = "model." + key
+        if key not in found:
+            raise ValueError(f"{folder} has no tensor {key}")
+        _check_shape(places[key], key, found[key], expected[name])
+        state[name] = found[key].to(torch.float32, copy=True)
+        used.add(key)
+    _refuse_unknown(folder, [key for key in found if key not in used])
+    return state
+
+
+def _take(found: dict[str, Tensor], key: str, folder: Path) -> Tensor:
+    if key not in found:
+        raise ValueError(f"{folder} has no tensor {key}")
+    return found.pop(key)
