@@ -18,6 +18,7 @@ modality-adaptive module). Each of these is a number in the configuration.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,14 @@ class OwlConfig:
     def image_words(self) -> int:
         """Positions that one image takes in the language model's sequence."""
         return self.abstractor.n_query + 1
+
+    def resize(self, image_size: int) -> None:
+        """Sets the image size. ValueError if patches do not tile it."""
+        if image_size < 1 or image_size % self.vit.patch_size != 0:
+            raise ValueError(f"an image size of {image_size} is not a multiple of the patch size {self.vit.patch_size}")
+        self.vit.image_size = image_size
+        if self.style == "owl2":
+            self.abstractor.grid_size = self.vit.grid_size
 
 
 def owl1(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> OwlConfig:
@@ -102,6 +111,7 @@ class Owl(nn.Module):
         self.vit = ViT(config.vit)
         self.abstractor = Abstractor(config.abstractor)
         self.llama = Llama(config.llama)
+        self.tokenizer_folder: Path | None = None  # whose tokenizer files go with the weights
 
     def init_weights(self) -> "Owl":
         """Draws random weights, for training from scratch."""

@@ -446,7 +446,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
         if name not in state and name.endswith((".q_pos", ".k_pos")):
             state[name] = position_codes(config.abstractor, name).to(device, dtype)
     _assign(model, state, folder)
-    model.origin = folder
+    model.tokenizer_folder = folder
     return model.eval()
 
 
@@ -483,11 +483,10 @@ def _assign(model: Owl, state: dict[str, Tensor], folder: Path) -> None:
     model.load_state_dict(state, strict=True, assign=True)
 
 
-def save_model(model: Owl, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+def save_model(model: Owl, folder: str | Path) -> None:
     """Writes a model folder in the official layout: sharded safetensors, index, config.json, tokenizer files.
 
-    tokenizer: the folder whose tokenizer files go with it; by default the one the model was loaded from.
-    Each file is written beside its place and then moved there. Raises ValueError if an adapter is not
+    The tokenizer files are those of model.tokenizer_folder, by default where the model was loaded from. Each file is written beside its place and then moved there. Raises ValueError if an adapter is not
     merged, or if the folder holds weights under other names, which readers would mix up with these.
     """
     folder = Path(folder)
@@ -514,11 +513,11 @@ def save_model(model: Owl, folder: str | Path, tokenizer: str | Path | None = No
         (folder / f"{name}.part").replace(folder / name)
         index |= {key: name for key in shard}
         total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
-    source = tokenizer or getattr(model, "origin", None)
-    if source is not None and Path(source).resolve() != folder.resolve():
+    source = model.tokenizer_folder
+    if source is not None and source.resolve() != folder.resolve():
         for name in TOKENIZER_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / f"{name}.part")
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / f"{name}.part")
                 (folder / f"{name}.part").replace(folder / name)
     write_json(folder / "config.json", official_config(model))
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
@@ -539,13 +538,10 @@ def resize_images(model: Owl, image_size: int) -> None:
     config = model.config
     if image_size == config.image_size:
         return
-    if image_size < 1 or image_size % config.vit.patch_size != 0:
-        raise ValueError(f"an image size of {image_size} is not a multiple of the patch size {config.vit.patch_size}")
-    config.vit.image_size = image_size
+    config.resize(image_size)
     table = resize_positions(model.vit.position_embedding.data, config.vit.n_token)
     model.vit.position_embedding = nn.Parameter(table)
     if config.style == "owl2":
-        config.abstractor.grid_size = config.vit.grid_size
         for layer in model.abstractor.layers:
             layer.attn.k_pos = position_codes(config.abstractor, ".k_pos").to(layer.attn.k_pos)
 
@@ -567,7 +563,7 @@ def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Owl:
     state |= read_clip(Path(clip), config.vit, expected)
     state |= read_llama(Path(llama), config.llama, expected)
     _assign(model, state, Path(llama))
-    model.origin = Path(llama)
+    model.tokenizer_folder = Path(llama)
     return model
 
 

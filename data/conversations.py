@@ -170,6 +170,8 @@ class Conversations(Dataset):
         for i, path in enumerate(paths):
             if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
                 raise Unusable("image outside its folder", f"{path} is not below the image folder")
+            if not (self.image_root / path).is_file():
+                raise Unusable("missing image", f"there is no image {self.image_root / path}")
             try:
                 image = load_image(self.image_root / path)
                 if self.crop_scale is None:
@@ -178,9 +180,7 @@ class Conversations(Dataset):
                     generator = torch.Generator().manual_seed(seed + i)
                     image = augment(image, generator, (self.crop_scale, 1.0))
                     pixels.append(to_pixels(image, self.image_size, "stretch"))
-            except FileNotFoundError:
-                raise Unusable("missing image", f"there is no image {self.image_root / path}") from None
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 raise Unusable("unreadable image", str(error)) from None
         return torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
 

@@ -13,6 +13,7 @@ vision-language model on a laptop, through the same three steps that a large one
     captions.json  captions_val.json an image and its caption                              stage 1
     train.json     val.json          an image, all its questions in one conversation       stage 2
     test.json                        a test image and one question                         evaluation
+    tokenizer.model                  the vocabulary of a tiny model                        all of them
 
 The `_val` files and val.json are all about the same 100 training images, and no other file has one of these.
 
@@ -63,6 +64,14 @@ WHAT_SHAPE = ("what shape does the image contain?", "what shape is in the image?
 WHICH_SHAPE = "what is the {color} shape?"
 
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
+
+# What both owls' prompts say around the turns.
+PROMPT_WORDS = [
+    "USER: ASSISTANT:",
+    "The following is a conversation between a curious human and AI assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "Human: AI:",
+]
 
 N_HELD_OUT = 100  # training images kept for the validation files
 N_TEXT = 8000  # samples in text.json
@@ -223,6 +232,31 @@ def write_samples(path: Path, samples: list[dict]) -> None:
     print(f"{path}: {len(samples):,} samples, {n_images:,} images, {n_turns:,} questions")
 
 
+def train_tokenizer(path: Path, samples: list[dict]) -> None:
+    """A small vocabulary for a small model: LLaMA's kind (SentencePiece BPE with byte fallback), of 640 tokens.
+
+    It is made from the samples' words and the words around them in the prompts; bytes write everything else.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    turns = [turn["value"].replace("<|image|>", "") for sample in samples for turn in sample["conversations"]]
+    printable = "".join(chr(code) for code in range(33, 127))
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(turns + PROMPT_WORDS * (len(turns) // 2)),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=640,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        required_chars=printable,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.with_suffix(".vocab").unlink()
+
+
 def prepare(out: Path, seed: int) -> None:
     import easy_vqa  # an extra: only this script needs it
 
@@ -258,6 +292,7 @@ def prepare(out: Path, seed: int) -> None:
     # The images first: where there is a JSON file, its images are there.
     copy_images(easy_vqa.get_train_image_paths(), out / "images" / "train")
     copy_images(easy_vqa.get_test_image_paths(), out / "images" / "test")
+    train_tokenizer(out / "tokenizer.model", text + train)
     write_samples(out / "text.json", text)
     write_samples(out / "text_val.json", described_samples(held_out, train_turns, scenes))
     write_samples(out / "captions.json", captions)

@@ -1,0 +1,440 @@
+"""Asks an owl about images: one question, or a chat.
+
+    python sample.py --image x.jpg --prompt "What is this?"
+    python sample.py --image x.jpg                                  a chat, as there is no --prompt
+    python sample.py --image a.jpg --image b.jpg --prompt "Is <image> older than <image>?"
+    python sample.py --weights mplug-owl2-llama2-7b --image x.jpg --prompt "Describe it." > answer.txt
+    python sample.py --weights mplug-owl2-llama2-7b --adapter runs/my-lora --prompt "Who are you?"
+
+The answer alone goes to standard output, piece by piece as it is made; all else goes to standard error.
+What cannot be done is said in one sentence, with exit code 2.
+
+In a prompt, <image> (or <|image|>) is where an image goes: the first mark takes the first --image. Images
+without a mark come before the text. Nothing else that is typed has a special meaning: "</s>" is four letters.
+
+In a chat a line is a question, or one of
+
+    /image PATH   shows an image with the next question
+    /reset        forgets the conversation and its images
+    /help         lists these commands
+    /quit         leaves, and so do Ctrl-D and two Ctrl-C
+
+Ctrl-C stops an answer; what was said of it stays in the conversation.
+"""
+
+from __future__ import annotations  # the hints below name classes that are imported late
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+# torch, and with it all of ours, is imported by the functions that use it: `--help` and mistakes in the
+# arguments are answered at once, not after the seconds that importing torch takes.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from data.text import Tokenizer
+    from model import Owl, OwlConfig
+
+TINY = Path(__file__).parent / "checkpoints" / "tiny-owl2"
+TINY_NOTICE = (
+    "This is the embedded tiny model, trained on easy-VQA's pictures: it answers questions on the colour and shape "
+    "of one simple drawn shape, and nothing else. For real answers download MAGAer13/mplug-owl2-llama2-7b "
+    "(the README has the line) and give its folder to --weights."
+)
+COMMANDS = "/image PATH shows an image with the next question; /reset starts afresh; /help; /quit"
+DEFAULT_FIT = {"owl1": "stretch", "owl2": "square"}  # how the released chat of each style fits an image into its square
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def notice(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def fail(message: object) -> NoReturn:
+    """Says in one line why it cannot be done, and leaves with exit code 2."""
+    notice("sample.py: " + " ".join(str(message).split()))
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Without the page of usage that argparse puts before each error."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    question = parser.add_argument_group("question")
+    question.add_argument("--prompt", help="the question; without it a chat begins")
+    question.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="an image; give it as often as there are images",
+    )
+    question.add_argument(
+        "--fit",
+        choices=("stretch", "square", "pad", "crop"),
+        help="how an image becomes a square; by default as in the released chats: stretch for Owl1, square for Owl2 "
+        "(Owl2's training scripts and image quality models pad)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FOLDER",
+        help="any mPLUG-Owl or mPLUG-Owl2 checkpoint as it lies on the hub, or one saved by train_stage*.py; "
+        "by default the embedded tiny model, checkpoints/tiny-owl2",
+    )
+    model.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="a LoRA adapter in PEFT's files, merged into the weights",
+    )
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: bfloat16 on cuda and mps; on a CPU float32, or bfloat16 where float32 would not fit the memory",
+    )
+
+    sampling = parser.add_argument_group("answer")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0, the default, takes the likeliest token each time, so that answers can be repeated; above 0 tokens are "
+        "drawn. The released chats draw: Owl2 with --temperature 0.7, Owl1 with --temperature 1 --top-k 5",
+    )
+    sampling.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the fewest tokens that together have probability P",
+    )
+    sampling.add_argument("--seed", type=int, help="draw the same answer each time")
+    sampling.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="the longest answer; default 512",
+    )
+
+    args = parser.parse_args(argv)
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty")
+    if args.device != "auto" and args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        parser.error(f"--device is auto, cpu, cuda, cuda:NUMBER or mps, not {args.device!r}")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature must be 0 or more, not {args.temperature}")
+    if args.top_k is not None and args.top_k < 1:
+        parser.error(f"--top-k must be 1 or more, not {args.top_k}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be 1 or more, not {args.max_new_tokens}")
+    return args
+
+
+# --- the model ---------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" the best there is. Raises ValueError if there is none."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # depends on how torch was built
+        raise ValueError(f"there is no device {name!r} here that torch can use") from None
+
+
+def pick_dtype(name: str, device: torch.device, config: OwlConfig) -> torch.dtype:
+    """The dtype of that name, or for "auto" the one that suits the device."""
+    import torch
+
+    from model import Owl
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        # Not float16: the owls were trained in bfloat16, whose range is float32's, and a few of LLaMA's
+        # activations are so large that their squares leave float16's.
+        return torch.bfloat16
+    with torch.device("meta"):
+        n_parameter = sum(parameter.numel() for parameter in Owl(config).parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # A quarter is left for the cache, the activations, and all else that runs on the machine.
+    return torch.float32 if 4 * n_parameter < 0.75 * memory else torch.bfloat16
+
+
+def load(folder: Path, adapter: Path | None, device: torch.device, dtype: torch.dtype) -> Owl:
+    """Loads the weights and merges the adapter. Raises FileNotFoundError, ValueError or OSError."""
+    import torch
+
+    import lora
+    import weights
+
+    try:
+        model = weights.load_model(folder, device, dtype)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"{folder} does not fit the memory of {device} in {dtype}") from None
+    if adapter is not None:
+        lora.load(model, adapter, official=lambda name: weights.official_name(name, model.config.style))
+        lora.merge(model)
+    return model
+
+
+# --- the conversation --------------------------------------------------------------------------------
+
+
+class Conversation:
+    """What was said and shown so far.
+
+    messages: questions and answers in turn. images: those in the messages, in order, [3, S, S] each.
+    waiting: those that come with the next question.
+    """
+
+    def __init__(self, config: OwlConfig, tokenizer: Tokenizer, fit: str):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.fit = fit
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: list[str] = []
+        self.images: list[Tensor] = []
+        self.waiting: list[Tensor] = []
+
+    def show(self, path: str) -> None:
+        """Adds an image to the next question. Raises ValueError for a file that cannot be shown."""
+        from data.image import load_image, to_pixels
+
+        self.waiting.append(to_pixels(load_image(path), self.config.image_size, self.fit))
+
+    def ask(self, question: str) -> tuple[Tensor, Tensor | None]:
+        """Adds a question with its images: the whole conversation as ids [1, T] and images [N, 3, S, S].
+
+        Raises ValueError, and changes nothing, if the question has more image marks than there are images
+        or the conversation outgrows the model's context.
+        """
+        import torch
+
+        from data.text import IMAGE_MARK, expand_images, render_prompt
+
+        # Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes: they become "?".
+        question = question.encode(errors="replace").decode()
+        n_mark = len(IMAGE_MARK.findall(question))
+        if n_mark > len(self.waiting):
+            raise ValueError(f"the image marks in the prompt ({n_mark}) are more than its images ({len(self.waiting)})")
+        marked = self.waiting[:n_mark]
+        leftover = self.waiting[n_mark:]
+        question = "<image>" * len(leftover) + question
+
+        short_ids = render_prompt([*self.messages, question, None], self.tokenizer, self.config.style)
+        ids, _ = expand_images(short_ids, None, self.config.image_words)
+        context = self.config.llama.context
+        if len(ids) > context:
+            raise ValueError(
+                f"the conversation is {len(ids)} tokens long, images included, and the model reads at most {context} "
+                "(in a chat, /reset starts afresh)"
+            )
+        self.messages += [question, ""]
+        self.images += leftover + marked
+        self.waiting = []
+        return torch.tensor([ids]), torch.stack(self.images) if self.images else None
+
+    def answered(self, text: str) -> None:
+        """Puts the answer to the last question in its place."""
+        from data.text import IMAGE_MARK
+
+        self.messages[-1] = IMAGE_MARK.sub("", text)  # said by the model, it stands for no image
+
+
+def stream(steps: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
+    """Turns an answer's ids, one at a time, into its text, piece by piece.
+
+    A token is seldom a word, and whether a space stands before it depends on its neighbours: so the answer
+    is decoded from its start each time, and what is new is handed on.
+    """
+    ids: list[int] = []
+    text = ""
+    n_shown = 0
+    for step in steps:
+        ids.append(int(step))
+        text = tokenizer.decode(ids)
+        # A rare character is several tokens, one for each of its bytes. Until the last is here, they decode
+        # to replacement characters; these wait.
+        whole = text.rstrip("\ufffd")
+        if len(whole) > n_shown:
+            yield whole[n_shown:]
+            n_shown = len(whole)
+    if len(text) > n_shown:
+        yield text[n_shown:]
+
+
+def answer(
+    model: Owl, conversation: Conversation, ids: Tensor, images: Tensor | None, args: argparse.Namespace
+) -> None:
+    """Prints the answer as it is made, and puts it in the conversation, also if Ctrl-C cuts it short."""
+    device = model.llama.lm_head.weight.device
+    steps = model.generate(
+        ids.to(device),
+        None if images is None else images.to(device),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    text = ""
+    try:
+        for piece in stream(steps, conversation.tokenizer):
+            text += piece
+            print(piece, end="", flush=True)
+    finally:
+        conversation.answered(text)
+        print(flush=True)
+
+
+# --- the chat ----------------------------------------------------------------------------------------
+
+
+def chat(model: Owl, conversation: Conversation, args: argparse.Namespace) -> None:
+    """Answers line by line, until the person leaves."""
+    sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        try:
+            import readline  # noqa: F401  it gives input() the arrow keys and a history
+        except ImportError:
+            pass
+    notice(f"Ask away. {COMMANDS}")
+    while (line := read_line()) is not None and line != "/quit":
+        try:
+            if line:
+                take_turn(model, conversation, line, args)
+        except KeyboardInterrupt:
+            notice("(stopped)")
+
+
+def read_line() -> str | None:
+    """The next line, or None at the end of the input and after two Ctrl-C."""
+    # A prompt is for a person who sees it; in a pipe it would be taken for part of an answer.
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    interrupted = False
+    while True:
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if interrupted:
+                return None
+            interrupted = True
+            notice("\n(once more to leave)")
+
+
+def take_turn(model: Owl, conversation: Conversation, line: str, args: argparse.Namespace) -> None:
+    """Obeys a command or answers a question; a mistake is one sentence, and changes nothing."""
+    try:
+        if line.startswith("/"):
+            obey(conversation, line)
+            return
+        ids, images = conversation.ask(line)
+    except ValueError as error:
+        notice(str(error))
+        return
+    answer(model, conversation, ids, images, args)
+
+
+def obey(conversation: Conversation, line: str) -> None:
+    """Runs a chat command. Raises ValueError for what is none."""
+    command, _, argument = line.partition(" ")
+    path = argument.strip().strip("\"'")  # a terminal puts quotes around a file that is dropped on it
+    if command == "/image" and path:
+        conversation.show(os.path.expanduser(path))
+        notice("The image comes with your next question.")
+    elif line == "/reset":
+        conversation.reset()
+        notice("The conversation and its images are forgotten.")
+    elif line == "/help":
+        notice(COMMANDS)
+    else:
+        raise ValueError(f"There is no command {line}: {COMMANDS}")
+
+
+# --- all of it ---------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    from data.text import Tokenizer
+    from weights import read_config
+
+    folder = args.weights or TINY
+    # All that can be wrong is looked at before the weights, which may take minutes, and only here is an error
+    # taken for a person's mistake: one in the model's computation is ours, and is shown in full.
+    try:
+        config = read_config(folder)
+        tokenizer = Tokenizer(folder)
+        if tokenizer.vocab_size > config.llama.vocab_size:
+            raise ValueError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, more than the model's {config.llama.vocab_size}"
+            )
+        conversation = Conversation(config, tokenizer, args.fit or DEFAULT_FIT[config.style])
+        for path in args.image:
+            conversation.show(path)
+        if args.prompt is not None:
+            ids, images = conversation.ask(args.prompt)
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device, config)
+        model = load(folder, args.adapter, device, dtype)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+    notice(f"{folder} on {device} in {str(dtype).removeprefix('torch.')}")
+    if args.weights is None:
+        notice(TINY_NOTICE)
+    if args.temperature == 0 and (args.top_k is not None or args.top_p is not None):
+        notice("--top-k and --top-p change nothing at --temperature 0.")
+    sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows "?" in its place
+    if args.prompt is None:
+        chat(model, conversation, args)
+    else:
+        answer(model, conversation, ids, images, args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the answer has left, as `head` does. Without this Python complains when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

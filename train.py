@@ -1,0 +1,507 @@
+"""The training loop, shared by all stages.
+
+A stage's script (train_stage1.py, train_stage2.py) makes the model, says what is trained and with which
+numbers, and calls `train`. One step:
+
+    a global batch of `batch` samples
+      | each rank takes its part, in micro-batches of `micro`
+    count the supervised tokens over all ranks and micro-batches
+      | for each micro-batch: forward, loss = sum over its supervised tokens / that count, backward
+      | (gradients are exchanged once, at the last)
+    clip, step, next learning rate
+
+So the loss is the mean over the step's supervised tokens however the batch is cut up. Everything drawn by
+chance (order, crops, dropout) is a function of the seed and the step: a run that is killed and resumed goes on
+as if nothing had happened.
+
+A run's folder: metrics.jsonl (a line a logged step), checkpoint.pt (what it takes to resume), and at the end the
+model in the official layout.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.check import check
+from data.conversations import Batch, Conversations, Order, collate, loader
+from data.text import Tokenizer
+from model import PRESETS, Owl
+from weights import load_model, read_config, resize_images
+
+
+@dataclass
+class Recipe:
+    """The numbers of a stage. Steps are optimizer steps, lengths are positions, rates are AdamW's."""
+
+    steps: int
+    warmup: int
+    batch: int  # samples a step, over all ranks
+    lr: float
+    min_lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float  # the gradient's greatest norm
+    max_length: int
+    image_size: int  # 0: the model's own
+    vit_lr_decay: float = 1.0  # the learning rate's factor from one ViT layer to the one below
+    crop_scale: float | None = None  # random crops of at least this share of the image, and flips; None: neither
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags that all stages have. Those of the recipe are None unless given."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("model")
+    g.add_argument("--preset", choices=sorted(PRESETS), help="the model's shape, when it starts from parts or from nothing")
+    g.add_argument("--weights", metavar="FOLDER", help="start from this model folder (official layout)")
+    g.add_argument("--tokenizer", metavar="PATH", help="folder or file of tokenizer.model (default: beside the weights)")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", metavar="FILE", required=True, help="conversations to train on (.json or .jsonl)")
+    g.add_argument("--val", metavar="FILE", help="conversations to measure the loss on")
+    g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: the data file's folder)")
+    g.add_argument("--fit", choices=("stretch", "square", "pad", "crop"), help="how images become squares (default: owl1 stretch, owl2 pad)")
+    g.add_argument("--check", action="store_true", help="go over the data, show a few samples, and stop")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", metavar="FOLDER", help="the run's folder (required but with --check)")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--micro", type=int, default=8, help="samples in one forward pass on one device (default 8)")
+    g.add_argument("--workers", type=int, default=0, help="processes beside each rank that load images (default 0)")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    g.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    g.add_argument("--val-every", type=int, default=500, metavar="STEPS")
+    g.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    g = p.add_argument_group("recipe (default: the paper's numbers for this owl and stage)")
+    g.add_argument("--steps", type=int)
+    g.add_argument("--warmup", type=int, metavar="STEPS")
+    g.add_argument("--batch", type=int, help="samples a step, over all devices")
+    g.add_argument("--lr", type=float, help="the highest learning rate")
+    g.add_argument("--min-lr", type=float, help="the last one, at the end of a cosine")
+    g.add_argument("--betas", type=float, nargs=2)
+    g.add_argument("--eps", type=float)
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--clip", type=float, help="the gradient's greatest norm")
+    g.add_argument("--max-length", type=int, help="longest sample, in positions; turns beyond are left out")
+    g.add_argument("--image-size", type=int, help="pixels; position embeddings are interpolated; 0: the model's own")
+    g.add_argument("--vit-lr-decay", type=float, help="learning rate factor from one ViT layer to the one below")
+    g.add_argument("--crop-scale", type=float, help="random crops of at least this share of the image, and flips")
+    return p
+
+
+def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
+    """The paper's numbers, with those given on the command line in their place. ValueError for impossible ones."""
+    numbers = asdict(papers)
+    for name in numbers:
+        if getattr(args, name) is not None:
+            numbers[name] = getattr(args, name)
+    numbers["betas"] = tuple(numbers["betas"])
+    recipe = Recipe(**numbers)
+    for name in ("steps", "batch", "lr", "clip", "max_length", "eps"):
+        if numbers[name] <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {numbers[name]}")
+    for name in ("warmup", "min_lr", "weight_decay", "image_size"):
+        if numbers[name] < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("micro", "log_every", "val_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+    if recipe.crop_scale is not None and not 0 < recipe.crop_scale <= 1:
+        raise ValueError(f"--crop-scale is a share above 0 and at most 1, not {recipe.crop_scale}")
+    return recipe
+
+
+def start_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Owl, Tokenizer, Recipe]:
+    """The model and tokenizer of --weights, and the numbers of its owl's paper under those given as flags."""
+    tokenizer = Tokenizer(args.tokenizer or args.weights)
+    style = read_config(args.weights).style
+    recipe = recipe_of(args, papers[style])
+    torch.manual_seed(args.seed)
+    model = load_model(args.weights)
+    model.tokenizer_folder = tokenizer.path.parent
+    if recipe.image_size:
+        resize_images(model, recipe.image_size)
+    return model, tokenizer, recipe
+
+
+def fail(error: Exception) -> None:
+    """A mistake that a person can mend: one sentence, exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- processes ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """Where this process runs."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start_process(device: str | None) -> Place:
+    """Joins the other processes, if torchrun started several. ValueError if the device is not there."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no usable CUDA device")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device that torch knows") from None
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return Place(rank, world, place)
+
+
+def total(place: Place, *numbers: float) -> list[float]:
+    """The sums of some numbers over all processes."""
+    if place.world == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=place.device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# --- what is trained ---------------------------------------------------------------------------------
+
+
+def report(model: Owl) -> str:
+    """How much of each part of the model is trained, and how much is frozen."""
+    lines = []
+    for name, part in [*model.named_children(), ("all", model)]:
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in part.parameters() if not p.requires_grad)
+        lines.append(f"  {name:<12}{trained:>16,} trained{frozen:>16,} frozen")
+    return "\n".join(lines)
+
+
+def vit_depth(name: str, n_layer: int) -> int:
+    """How many layers of the ViT lie above a parameter, its own counted; 0 outside the ViT and for its last norm."""
+    if name.startswith("vit.blocks."):
+        return n_layer - int(name.split(".")[2])
+    if name.startswith("vit.") and not name.startswith("vit.post_norm"):
+        return n_layer + 1
+    return 0
+
+
+def make_optimizer(model: Owl, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over what is trained: no decay for vectors (norms, biases), lower rates deeper in the ViT."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = recipe.vit_lr_decay ** vit_depth(name, model.config.vit.n_layer)
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
+        lr=recipe.lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+    )
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine down to min_lr at the last step."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - 1 - recipe.warmup)
+    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+# --- checkpoints -------------------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace, recipe: Recipe) -> dict:
+    """What must be the same for a run to continue as if it had not stopped."""
+    run = {"data": str(args.data), "seed": args.seed, "weights": args.weights, "preset": args.preset}
+    return run | {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(recipe).items()}
+
+
+def save_checkpoint(run: "Run", step: int) -> None:
+    """Writes what is trained, beside its place first. Frozen weights come from the run's starting point again."""
+    state = {
+        "step": step,
+        "settings": json.dumps(settings(run.args, run.recipe)),
+        "model": {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad},
+        "optimizer": run.optimizer.state_dict(),
+    }
+    part = run.checkpoint.with_name("checkpoint.pt.part")
+    torch.save(state, part)
+    part.replace(run.checkpoint)
+
+
+def load_checkpoint(path: Path, model: Owl, optimizer: torch.optim.Optimizer, run: dict) -> int:
+    """Restores a checkpoint and returns the next step. ValueError if it is corrupt or of another run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(state["settings"])
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0][:200]})") from None
+    different = [f"{key}: {saved.get(key)} then, {run[key]} now" for key in run if saved.get(key) != run[key]]
+    if different:
+        raise ValueError(f"{path} is of a run with other settings ({'; '.join(different)})")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != state["model"].keys():
+        raise ValueError(f"{path} is of a run that trained other parameters")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["model"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+class Metrics:
+    """metrics.jsonl: a JSON object a line. Lines from after the checkpoint are dropped: they will come again."""
+
+    def __init__(self, path: Path, start: int, is_first: bool):
+        self.path = path
+        self.is_first = is_first
+        if is_first:
+            kept = []
+            if start > 0 and path.is_file():
+                for line in path.read_text().splitlines():
+                    try:
+                        if json.loads(line)["step"] <= start:
+                            kept.append(line + "\n")
+                    except (ValueError, KeyError):
+                        break  # the line that was being written when the run was killed
+            path.write_text("".join(kept))
+
+    def write(self, **numbers: float) -> None:
+        if self.is_first:
+            with self.path.open("a") as file:
+                file.write(json.dumps(numbers) + "\n")
+
+
+class Skips:
+    """Rows that could not be used: counted by kind, the first few of each named."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+
+    def add(self, batch: Batch) -> None:
+        for skipped in batch.skipped:
+            self.count[skipped.kind] += 1
+            if self.count[skipped.kind] <= 5:
+                tqdm.write(f"warning: skipped {skipped.reason} ({skipped.kind})", file=sys.stderr)
+
+    def summary(self) -> str:
+        return ", ".join(f"{number} x {kind}" for kind, number in self.count.most_common())
+
+
+# --- the loop ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(model: Owl, data: Conversations, micro: int, place: Place) -> float:
+    """The mean loss over all supervised tokens of a data file."""
+    model.eval()
+    loss_sum = 0.0
+    n_token = 0
+    mine = range(place.rank, len(data), place.world)
+    for start in range(0, len(mine), micro):
+        batch = collate([data[0, index] for index in mine[start : start + micro]])
+        with mixed_precision(place):
+            loss = forward(model, batch, place)
+        loss_sum += loss.item() * batch.n_supervised
+        n_token += batch.n_supervised
+    model.train()
+    loss_sum, n_token = total(place, loss_sum, n_token)
+    return loss_sum / max(n_token, 1)
+
+
+def mixed_precision(place: Place) -> torch.autocast:
+    """bfloat16 for the matrix products on CUDA; weights, norms and the loss stay in float32."""
+    return torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=place.device.type == "cuda")
+
+
+def forward(model: nn.Module, batch: Batch, place: Place) -> Tensor:
+    """The mean loss over a batch's supervised tokens."""
+    ids = batch.ids.to(place.device, non_blocking=True)
+    labels = batch.labels.to(place.device, non_blocking=True)
+    images = None if batch.images is None else batch.images.to(place.device, non_blocking=True)
+    return model(ids, images, labels)[1]
+
+
+@dataclass
+class Run:
+    """A run that is ready to go: every file has been opened, every setting looked at."""
+
+    args: argparse.Namespace
+    recipe: Recipe
+    place: Place
+    model: Owl
+    optimizer: torch.optim.Optimizer
+    data: Conversations
+    val: Conversations | None
+    start: int  # the first step to take
+
+    @property
+    def out(self) -> Path:
+        return Path(self.args.out)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.recipe.batch // (self.args.micro * self.place.world)
+
+
+def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, tokenizer: Tokenizer) -> Run:
+    """Opens the data and, to resume, the checkpoint. With --check, goes over the data and exits.
+
+    Raises ValueError or FileNotFoundError, in one sentence, for settings or files that cannot be used.
+    """
+    style = model.config.style
+    words = model.config.image_words
+    size = model.config.image_size
+    fit = args.fit or ("stretch" if style == "owl1" else "pad")
+    length = recipe.max_length
+    if tokenizer.vocab_size > model.config.llama.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.llama.vocab_size}"
+        )
+    data = Conversations(args.data, tokenizer, style, words, size, length, fit, args.image_root, recipe.crop_scale)
+    val = None
+    if args.val:
+        val = Conversations(args.val, tokenizer, style, words, size, length, fit, args.image_root)
+    if args.check:
+        sys.exit(1 if check(data) else 0)
+    if not args.out:
+        raise ValueError("give the run a folder: --out")
+    if recipe.batch % (args.micro * place.world) != 0:
+        raise ValueError(
+            f"--batch {recipe.batch} does not divide into micro-batches of {args.micro} on {place.world} processes"
+        )
+    model.to(place.device).train()
+    optimizer = make_optimizer(model, recipe)
+    run = Run(args, recipe, place, model, optimizer, data, val, start=0)
+    if run.checkpoint.exists():
+        if not args.resume:
+            raise ValueError(f"{run.out} already holds a run: continue it with --resume, or choose another --out")
+        run.start = load_checkpoint(run.checkpoint, model, optimizer, settings(args, recipe))
+    return run
+
+
+def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
+    """Trains what requires a gradient, then calls finish(model, out), which saves the model."""
+    args, recipe, place, model, optimizer = run.args, run.recipe, run.place, run.model, run.optimizer
+    if place.is_first:
+        print(report(model), file=sys.stderr)
+    run.out.mkdir(parents=True, exist_ok=True)
+    # A rank whose samples are all text uses no vision parameter: DDP has to look which were used.
+    ddp = model
+    if place.world > 1:
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    steps = range(run.start, recipe.steps)
+    order = Order(len(run.data), args.seed, recipe.batch, args.micro, place.rank, place.world, steps)
+    batches = loader(run.data, order, args.workers, pin=place.device.type == "cuda")
+    metrics = Metrics(run.out / "metrics.jsonl", run.start, place.is_first)
+    skips = Skips()
+    stopping = []
+    handlers = {s: signal.signal(s, lambda *_: stopping.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
+    bar = tqdm(total=recipe.steps, initial=run.start, desc="training", unit="step", disable=not place.is_first)
+    log_tokens = 0  # since the last logged step
+    log_time = time.perf_counter()
+    done = run.start
+    stop = False
+
+    for step in steps:
+        rate = learning_rate(step, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        torch.manual_seed((args.seed << 32) + step * place.world + place.rank)  # dropout's
+        micros = [next(batches) for _ in range(run.accumulate)]
+        n_supervised, n_token, stop = total(
+            place, sum(b.n_supervised for b in micros), sum(b.n_token for b in micros), len(stopping)
+        )
+        step_loss = torch.zeros((), device=place.device)
+        for i, batch in enumerate(micros):
+            skips.add(batch)
+            last = i == run.accumulate - 1
+            with nullcontext() if last or place.world == 1 else ddp.no_sync():
+                with mixed_precision(place):
+                    loss = forward(ddp, batch, place)
+                # DDP averages over the ranks; times their number it sums, and the divisor is the same on all.
+                loss = loss * (batch.n_supervised / max(n_supervised, 1))
+                (loss * place.world).backward()
+            step_loss += loss.detach()
+        for parameter in trained:  # one that no sample used counts as zero, however many processes there are
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(trained, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        log_tokens += n_token
+        done = step + 1
+        bar.update()
+        if done % args.log_every == 0 or done == recipe.steps:
+            (mean_loss,) = total(place, step_loss.item())  # over this step's tokens, of all ranks
+            speed = log_tokens / (time.perf_counter() - log_time)
+            metrics.write(step=done, loss=mean_loss, lr=rate, norm=norm.item(), tokens_per_s=speed)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.2e}", tokens_s=f"{speed:,.0f}")
+            log_tokens = 0
+            log_time = time.perf_counter()
+        if run.val is not None and (done % args.val_every == 0 or done == recipe.steps):
+            val_loss = validate(model, run.val, args.micro, place)
+            metrics.write(step=done, val_loss=val_loss)
+            if place.is_first:
+                tqdm.write(f"step {done}: validation loss {val_loss:.4f}", file=sys.stderr)
+            log_time = time.perf_counter()
+        if place.is_first and (done % args.save_every == 0 or done == recipe.steps or stop):
+            save_checkpoint(run, done)
+        if stop:
+            break
+
+    bar.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if skips.count:
+        print(f"rank {place.rank} skipped {skips.summary()}", file=sys.stderr)
+    if done < recipe.steps:
+        if place.is_first:
+            print(f"stopped after step {done}: continue with --resume", file=sys.stderr)
+    elif place.is_first:
+        finish(model.eval(), run.out)
+        print(f"the model is in {run.out}", file=sys.stderr)
+    if place.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,108 @@
+"""Stage 2: the owl learns to answer (Owl1 section 3.2, Owl2 section 3.3).
+
+From conversations, about images and not. Owl1 keeps everything frozen and trains LoRA adapters on the
+language model's q_proj and v_proj. Owl2 trains everything, the vision tower's lower layers ever more slowly.
+
+    python train_stage2.py --weights runs/stage1 --data my.json --out runs/stage2
+    torchrun --nproc_per_node=8 train_stage2.py --weights runs/stage1 --workers 8 --data my.json --out runs/stage2
+
+Fine-tune the released Owl2 as its own scripts do, by LoRA on every Linear of the decoder, the ViT frozen:
+
+    torchrun --nproc_per_node=8 train_stage2.py --weights mplug-owl2-llama2-7b --data my.json --out runs/mine \\
+        --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0
+
+Look at the data first with --check; continue a run that stopped with --resume. With LoRA, OUT/adapter holds the
+adapter alone in PEFT's files, and OUT the model with the adapter merged.
+"""
+
+from pathlib import Path
+
+import lora
+from model import Owl
+from train import Recipe, fail, parser, prepare, start_model, start_process, train
+from weights import official_name, save_model
+
+OWL1 = Recipe(
+    steps=2_000,
+    warmup=50,
+    batch=256,
+    lr=2e-5,
+    min_lr=1e-6,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=1e-4,
+    clip=1.0,
+    max_length=1_024,
+    image_size=224,
+)
+OWL2 = Recipe(
+    steps=4_800,
+    warmup=250,
+    batch=256,
+    lr=2e-5,
+    min_lr=1e-7,
+    betas=(0.9, 0.98),
+    eps=1e-6,
+    weight_decay=0.0,
+    clip=1.0,
+    max_length=2_048,
+    image_size=448,
+    vit_lr_decay=0.9,
+)
+RECIPES = {"owl1": OWL1, "owl2": OWL2}
+LORA_RANK = {"owl1": 8, "owl2": 0}  # 0: none, everything is trained
+LORA_TARGETS = {
+    "owl1": ("q_proj", "v_proj"),
+    "owl2": (
+        "q_proj",
+        "k_proj.multiway.0",
+        "k_proj.multiway.1",
+        "v_proj.multiway.0",
+        "v_proj.multiway.1",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ),
+}
+
+
+def choose_trained(model: Owl, rank: int, alpha: float, dropout: float) -> None:
+    """With a rank, adapters on the language model and nothing else; without one, everything."""
+    model.requires_grad_(rank == 0)
+    if rank > 0:
+        lora.wrap(model.llama, LORA_TARGETS[model.config.style], rank, alpha, dropout)
+
+
+def main() -> None:
+    p = parser(__doc__)
+    g = p.add_argument_group("LoRA")
+    g.add_argument("--lora-rank", type=int, help="0: train everything (default: 8 for Owl1, 0 for Owl2)")
+    g.add_argument("--lora-alpha", type=float, default=32.0, help="the correction's weight, times the rank (default 32)")
+    g.add_argument("--lora-dropout", type=float, default=0.05)
+    g.add_argument("--train-abstractor", action="store_true", help="beside the adapters, as Owl1's abstract has it")
+    args = p.parse_args()
+    try:
+        if not args.weights:
+            raise ValueError("stage 2 starts from a model folder: --weights FOLDER")
+        place = start_process(args.device)
+        model, tokenizer, recipe = start_model(args, RECIPES)
+        rank = LORA_RANK[model.config.style] if args.lora_rank is None else args.lora_rank
+        choose_trained(model, rank, args.lora_alpha, args.lora_dropout)
+        if args.train_abstractor:
+            model.abstractor.requires_grad_(True)
+        run = prepare(args, recipe, place, model, tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        fail(error)
+
+    def finish(model: Owl, out: Path) -> None:
+        if rank > 0:
+            lora.save(model, out / "adapter", lambda name: official_name(name, model.config.style), args.weights)
+            lora.merge(model)
+        save_model(model, out)
+
+    train(run, finish)
+
+
+if __name__ == "__main__":
+    main()
