@@ -48,7 +48,7 @@ class AbstractorConfig:
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     """Codes positions [M] as [M, dim] in float32: all sines, then all cosines (not interleaved)."""
-    frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     angle = positions.double()[:, None] * frequency  # [M, dim / 2]
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
@@ -58,11 +58,11 @@ def sincos_2d(grid_size: int, dim: int) -> Tensor:
 
     The first half of the width says which column, the second half which row; the class token gets zeros.
     """
-    index = torch.arange(grid_size**2)
+    index = torch.arange(grid_size**2, device="cpu")
     column = sincos_1d(index % grid_size, dim // 2)
     row = sincos_1d(index // grid_size, dim // 2)
     grid = torch.cat([column, row], dim=1)
-    return torch.cat([torch.zeros(1, dim), grid])
+    return torch.cat([torch.zeros(1, dim, device="cpu"), grid])
 
 
 class CrossAttention(nn.Module):
@@ -78,8 +78,9 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd)
         self.has_positions = config.grid_size > 0
         if self.has_positions:
-            # Buffers, since some released checkpoints hold them (and then theirs are used).
-            self.register_buffer("q_pos", sincos_1d(torch.arange(config.n_query), config.n_embd))
+            # Buffers, since some released checkpoints hold them (and then theirs are used). They are computed
+            # on the CPU even while weights.py makes the model without memory.
+            self.register_buffer("q_pos", sincos_1d(torch.arange(config.n_query, device="cpu"), config.n_embd))
             self.register_buffer("k_pos", sincos_2d(config.grid_size, config.n_embd))
 
     def forward(self, queries: Tensor, image: Tensor) -> Tensor:

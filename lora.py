@@ -47,6 +47,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)
         nn.init.zeros_(self.lora_B.weight)
+        self.train(linear.training)  # no dropout on a model that is in use
 
     @property
     def merged(self) -> bool:
@@ -75,8 +76,10 @@ def wrap(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dr
     """Freezes the model and puts an adapter on every Linear whose name ends with one of `targets`.
 
     A target is a whole name or its last parts: "q_proj", "k_proj.multiway.0". Raises ValueError if one
-    matches no Linear.
+    matches no Linear, or if the model has an adapter already.
     """
+    if any(adapted(model)):
+        raise ValueError("the model has an adapter already; load the model anew for another one")
     model.requires_grad_(False)
     chosen = {}
     for name, module in model.named_modules():
@@ -161,10 +164,14 @@ def load(model: nn.Module, folder: str | Path, official: Callable[[str], str] = 
         rank = int(config["r"])
         alpha = float(config["lora_alpha"])
         dropout = float(config.get("lora_dropout", 0.0))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{config_path} cannot be used: {type(error).__name__} {error}") from None
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{config_path} is of peft_type {config['peft_type']!r}; only LORA is supported")
     if rank < 1:
         raise ValueError(f"{config_path} gives a rank of {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{config_path} gives a dropout of {dropout}")
     variants = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
     for key in variants:
         if config.get(key):
@@ -172,9 +179,13 @@ def load(model: nn.Module, folder: str | Path, official: Callable[[str], str] = 
     if config.get("bias", "none") != "none":
         raise ValueError(f"{config_path} trains biases, which is not supported")
     path, tensors = _read_adapter(folder)
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"{path} holds no adapter's tensors")
     ours = {official(name): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     matrices = {}
     for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {key} is no tensor")
         name, _, leaf = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX) or leaf not in ("A.weight", "B.weight") or name not in ours:
             raise ValueError(f"{path} has a tensor {key}, which no Linear of the model takes")
@@ -202,6 +213,8 @@ def _read_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin")
         return path, torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load fails in many ways on files that are cut or something else
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"{path} cannot be read, it seems truncated or corrupt ({reason})") from None

@@ -114,16 +114,17 @@ class Owl(nn.Module):
         self.tokenizer_folder: Path | None = None  # whose tokenizer files go with the weights
 
     def init_weights(self) -> "Owl":
-        """Draws random weights, for training from scratch."""
+        """Draws random weights, for training from scratch: each layer keeps the size of what passes through."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.vit.cls_token, std=0.02)
-        nn.init.normal_(self.vit.position_embedding, std=0.02)
-        nn.init.normal_(self.abstractor.queries, std=0.02)  # equal queries would stay equal in training
-        nn.init.normal_(self.abstractor.eos, std=0.02)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=fan_in**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.llama.embed_tokens.weight, std=0.02)
+        for parameter in (self.vit.cls_token, self.vit.position_embedding, self.abstractor.queries, self.abstractor.eos):
+            # Random, the queries above all: equal ones would stay equal in training.
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         return self
 
     def forward(
@@ -207,8 +208,10 @@ class Owl(nn.Module):
         context = self.config.llama.context
         if int(lengths.max()) > context:
             raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit the context of {context}")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
@@ -242,7 +245,7 @@ class Owl(nn.Module):
         cache.longest = int(lengths.max())
         cache.ragged = int(lengths.min()) != cache.longest
 
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             logits = self.llama.lm_head(x).float()  # [B, vocab_size]
             if temperature == 0:
                 token = logits.argmax(dim=-1)
@@ -256,13 +259,13 @@ class Owl(nn.Module):
             ended = ended | (cache.lengths >= config.context)
             if stop:
                 ended = ended | (token == config.eos_id)
-            if bool(ended.all()):
+            if bool(ended.all()) or step == max_new_tokens - 1:
                 return
-            # Ended rows stay where they are; what they compute from here on is not used.
+            # Ended rows stay where they are; what they compute from here on is not used. Those that go on are all
+            # as long as each other unless they were ragged from the start.
             x = self.llama(self.llama.embed_tokens(token)[:, None], None, cache)[:, 0]
             cache.lengths = torch.where(ended, cache.lengths, cache.lengths + 1)
             cache.longest = min(cache.longest + 1, config.context)
-            cache.ragged = cache.ragged or bool(ended.any())
 
 
 def draw(logits: Tensor, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
@@ -275,7 +278,7 @@ def draw(logits: Tensor, top_k: int | None, top_p: float | None, luck: Tensor) -
         p[:, top_k:] = 0
     if top_p is not None:
         before = p.cumsum(dim=-1) - p
-        p[before >= top_p] = 0  # never the first
+        p[before >= top_p * p.sum(dim=-1, keepdim=True)] = 0  # never the first
     total = p.cumsum(dim=-1)
     choice = (total <= luck[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)
     return token.gather(1, choice.clamp(max=p.shape[1] - 1))[:, 0]

@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     question = parser.add_argument_group("question")
-    question.add_argument("--prompt", help="the question; without it a chat begins")
+    question.add_argument("--prompt", metavar="TEXT", help="the question; without it a chat begins")
     question.add_argument(
         "--image",
         action="append",
@@ -117,6 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--temperature",
         type=float,
         default=0.0,
+        metavar="T",
         help="0, the default, takes the likeliest token each time, so that answers can be repeated; above 0 tokens are "
         "drawn. The released chats draw: Owl2 with --temperature 0.7, Owl1 with --temperature 1 --top-k 5",
     )
@@ -273,7 +274,7 @@ class Conversation:
         """Puts the answer to the last question in its place."""
         from data.text import IMAGE_MARK
 
-        self.messages[-1] = IMAGE_MARK.sub("", text)  # said by the model, it stands for no image
+        self.messages[-1] = IMAGE_MARK.sub(" ", text)  # said by the model, a mark stands for no image
 
 
 def stream(steps: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Recipe:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    clip: float  # the gradient's greatest norm
+    grad_clip: float  # the gradient's greatest norm
     max_length: int
     image_size: int  # 0: the model's own
     vit_lr_decay: float = 1.0  # the learning rate's factor from one ViT layer to the one below
@@ -99,7 +99,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--betas", type=float, nargs=2)
     g.add_argument("--eps", type=float)
     g.add_argument("--weight-decay", type=float)
-    g.add_argument("--clip", type=float, help="the gradient's greatest norm")
+    g.add_argument("--grad-clip", type=float, help="the gradient's greatest norm")
     g.add_argument("--max-length", type=int, help="longest sample, in positions; turns beyond are left out")
     g.add_argument("--image-size", type=int, help="pixels; position embeddings are interpolated; 0: the model's own")
     g.add_argument("--vit-lr-decay", type=float, help="learning rate factor from one ViT layer to the one below")
@@ -115,7 +115,7 @@ def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
             numbers[name] = getattr(args, name)
     numbers["betas"] = tuple(numbers["betas"])
     recipe = Recipe(**numbers)
-    for name in ("steps", "batch", "lr", "clip", "max_length", "eps"):
+    for name in ("steps", "batch", "lr", "grad_clip", "max_length", "eps"):
         if numbers[name] <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {numbers[name]}")
     for name in ("warmup", "min_lr", "weight_decay", "image_size"):
@@ -466,7 +466,7 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
         for parameter in trained:  # one that no sample used counts as zero, however many processes there are
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(trained, recipe.clip)
+        norm = nn.utils.clip_grad_norm_(trained, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -31,7 +31,7 @@ RECIPE = Recipe(
     betas=(0.9, 0.98),
     eps=1e-6,
     weight_decay=0.05,
-    clip=1.0,
+    grad_clip=1.0,
     max_length=512,
     image_size=0,
 )

@@ -31,7 +31,7 @@ OWL1 = Recipe(
     betas=(0.9, 0.999),
     eps=1e-6,
     weight_decay=1e-4,
-    clip=1.0,
+    grad_clip=1.0,
     max_length=1_024,
     image_size=224,
 )
@@ -44,7 +44,7 @@ OWL2 = Recipe(
     betas=(0.9, 0.98),
     eps=1e-6,
     weight_decay=0.0,
-    clip=1.0,
+    grad_clip=1.0,
     max_length=2_048,
     image_size=448,
     vit_lr_decay=0.9,

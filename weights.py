@@ -18,7 +18,7 @@ and the abstractor are ours; the tables below say what they are called officiall
 """
 
 import json
-import pickle
+import math
 import re
 import shutil
 import zipfile
@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -76,14 +75,14 @@ PREFIXES = {
         "vit": "vision_model.",
         "abstractor": "abstractor.",
         "llama": "language_model.model.",
-        "llama.lm_head": "language_model.lm_head.",
+        "llama.lm_head": "language_model.",
         "abstractor.queries": "query_tokens",
     },
     "owl2": {
         "vit": "model.vision_model.",
         "abstractor": "model.visual_abstractor.",
         "llama": "model.",
-        "llama.lm_head": "lm_head.",
+        "llama.lm_head": "",
         "abstractor.queries": "model.visual_abstractor.query_embeds",
     },
 }
@@ -128,7 +127,7 @@ def official_name(name: str, style: str) -> str:
     if part == "abstractor":
         return prefixes[part] + _rename(rest, ABSTRACTOR_NAMES)
     if rest.startswith("lm_head"):
-        return prefixes["llama.lm_head"] + rest.removeprefix("lm_head.")
+        return prefixes["llama.lm_head"] + rest
     return prefixes[part] + rest
 
 
@@ -205,10 +204,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         # Only files of torch's zip format can be mapped; older ones are read whole.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+    except Exception as error:  # torch.load fails in many ways on files that are cut or something else
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"{path} cannot be read, it seems truncated or corrupt ({reason})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
+    ):
         raise ValueError(f"{path} should hold a dictionary of tensors and nothing else")
     return tensors
 
@@ -241,14 +242,14 @@ def read_config(folder: Path) -> OwlConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     content = read_json(path)
-    style = MODEL_TYPES.get(content.get("model_type"))
+    style = MODEL_TYPES.get(str(content.get("model_type")))
     if style is None:
         raise ValueError(
             f"{path} is of model_type {content.get('model_type')!r}; known are {' and '.join(MODEL_TYPES)}"
         )
     try:
         return parse_config(content, style)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -314,6 +315,12 @@ def parse_config(content: dict, style: str) -> OwlConfig:
     for part in (config.vit, config.abstractor, config.llama):
         if part.n_embd % part.n_head != 0:
             raise ValueError(f"a width of {part.n_embd} does not divide into {part.n_head} heads")
+    if config.llama.head_dim % 2 != 0:
+        raise ValueError(f"heads of {config.llama.head_dim} numbers cannot be rotated in pairs")
+    if style == "owl2" and config.abstractor.n_embd % 4 != 0:
+        raise ValueError(f"position codes need a width that is a multiple of 4, not {config.abstractor.n_embd}")
+    if not 0 <= config.abstractor.dropout < 1:
+        raise ValueError(f"attention_probs_dropout_prob should be from 0 to 1, not {config.abstractor.dropout}")
     if config.llama.n_head % config.llama.n_kv_head != 0:
         raise ValueError(f"{config.llama.n_head} heads do not share {config.llama.n_kv_head} key/value heads evenly")
     if config.vit.n_embd != config.abstractor.n_embd:
@@ -328,7 +335,7 @@ def _number(section: dict, key: str, default: float) -> float:
     value = section.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not 0 < value < 2**31:
         raise ValueError(f"{key} should be a positive number, not {value!r}")
     return value
 
@@ -424,7 +431,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     for path, keys in weight_map(folder).items():
         if keys is None or probe in keys:
             tensor = read_tensors(path).get(probe)
-            if tensor is not None:
+            if tensor is not None and tensor.dim() == 2:
                 config.abstractor.n_mlp = tensor.shape[0]
     with torch.device("meta"):
         model = Owl(config)
@@ -582,9 +589,16 @@ def read_clip(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -> d
     state = {}
     for name, key in wanted.items():
         tensor = _take(found, key, folder)
-        if name in ("vit.cls_token", "vit.position_embedding"):
-            tensor = tensor.reshape(1, -1, config.n_embd)
+        if name == "vit.cls_token":
+            _check_shape(places[key], key, tensor, expected[name][0, 0])
+            tensor = tensor[None, None]
         if name == "vit.position_embedding":
+            grid = math.isqrt(max(tensor.shape[0] - 1, 0)) if tensor.dim() > 0 else 0
+            if tensor.shape != (1 + grid**2, config.n_embd) or grid == 0:
+                raise ValueError(
+                    f"{places[key]}: {key} has shape {list(tensor.shape)}, not one row and a square of rows of {config.n_embd}"
+                )
+            tensor = tensor[None]
             tensor = resize_positions(tensor, config.n_token)
         _check_shape(places[key], key, tensor, expected[name])
         state[name] = tensor.to(torch.float32, copy=True)

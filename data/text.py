@@ -239,6 +239,7 @@ def render_conversation(
     if style == "owl1":
         is_text = isinstance(conversation, str)
         lines = owl1_lines_of_text(conversation) if is_text else owl1_lines(llava_turns(conversation))
+        owl1_turns(lines)  # a ValueError if it is no conversation
         return encode_pieces(owl1_pieces(lines), tokenizer)
     turns = conversation_turns(conversation)
     return encode_pieces(owl2_pieces(turns, training=True), tokenizer)
@@ -265,24 +266,6 @@ def llava_turns(conversation: list[dict]) -> list[str]:
         turns.append(turn["value"])
     if len(turns) % 2 != 0:
         raise ValueError("the last question has no answer")
-    return turns
-
-
-def owl1_turns(text: str) -> list[str]:
-    """Owl1's text as questions and answers in turn; ValueError if it has none."""
-    turns: list[str] = []
-    speaker = ""
-    for part in re.split(r"(\nHuman: |\nAI: )", text)[1:]:
-        if part in ("\nHuman: ", "\nAI: "):
-            speaker = part
-        elif speaker == "\nHuman: " and len(turns) % 2 == 1:
-            turns[-1] += part if IMAGE_MARK.fullmatch(turns[-1]) else f"\n{part}"
-        elif (speaker == "\nAI: ") == (len(turns) % 2 == 1):
-            turns.append(part)
-        else:
-            raise ValueError("the text has an answer without a question")
-    if not turns or len(turns) % 2 != 0:
-        raise ValueError("the text is not a conversation of `Human: ` and `AI: ` lines that ends with an answer")
     return turns
 
 

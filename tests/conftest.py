@@ -20,7 +20,7 @@ from weights import load_model  # noqa: E402
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_FOLDERS = ("owl1", "owl2", "owl2-bin-shards")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, above all on a busy machine
 
 
 def make_config(style: str, vit: dict = {}, abstractor: dict = {}, llama: dict = {}) -> OwlConfig:
