@@ -258,6 +258,7 @@ def test_a_broken_line_is_named(folder, weights, monkeypatch, capsys):
         (("--device", "banana"), "banana"),
         (("--out", "no-such-folder/log.jsonl"), "no-such-folder"),
     ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_flag_that_cannot_be_meant_is_one_sentence(run, capsys, flags, words):
     assert words in refused(run, capsys, [GOOD], *flags)

@@ -302,7 +302,8 @@ def test_stage_2_learns_to_see(tmp_path, tokenizer):
         assert line["norm"] > 0 and line["tokens_per_s"] > 0
     validated = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validated] == [80, 160]
-    assert losses_of(out)[-1] < 0.2 < 4 < losses_of(out)[0]
+    assert loss_by_hand(tmp_path / "start", data, "owl2", "pad") > 7  # about ln 2000: it knows nothing
+    assert losses_of(out)[-1] < 0.2
     assert validated[-1]["val_loss"] < 0.3
 
     trained = load_model(out)
@@ -583,7 +584,7 @@ def slow_rate(step, recipe):
 train.learning_rate = slow_rate
 train_stage2.main()
 """
-RESUMABLE = ("--steps", 12, "--batch", 4, "--micro", 2, "--save-every", 3, "--val-every", 4, "--workers", 1)
+RESUMABLE = ("--steps", 12, "--batch", 4, "--micro", 2, "--save-every", 4, "--val-every", 4, "--workers", 1)
 RESUMABLE += ("--crop-scale", 0.5, "--lora-dropout", 0.3, *QUICK)
 
 
@@ -638,12 +639,12 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(uninterrupted, tmp_path)
         assert "Traceback" not in err, err
         assert not (out / "config.json").exists()  # no model: the run has not ended
         step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-        assert 3 <= step < 12
+        assert 4 <= step < 12
         if kind == signal.SIGKILL:
             assert process.returncode == -signal.SIGKILL
-            assert step % 3 == 0 and lines_of(out)[-1]["step"] > step
+            assert step % 4 == 0 and lines_of(out)[-1]["step"] >= step
             with (out / "metrics.jsonl").open("a") as file:
-                file.write('{"step": 9, "lo')  # the line it was writing
+                file.write('{"step": 11, "loss": 7.0}\n{"step": 12, "lo')  # and the line it was writing
             (out / "checkpoint.pt.part").write_bytes(b"half a checkpoint")
         else:
             assert f"stopped after step {step}: continue with --resume" in err
@@ -697,6 +698,7 @@ def refusal(capsys, stage: str, *flags: object) -> str:
         (("--fit", "pad"), "fit"),
         (("--train-abstractor",), ""),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_resuming_with_other_settings_is_refused(uninterrupted, capsys, change, words):
     """Each would make another run of it, in silence; the sentence names what differs."""
@@ -797,12 +799,10 @@ def test_two_processes_train_owl2_as_one_does(start, tmp_path, mixed):
     compare_two_with_one("train_stage2", "owl2", start, tmp_path, mixed)
 
 
-@pytest.mark.slow
 def test_two_processes_train_owl1s_adapter_as_one_does(start, tmp_path, mixed):
     compare_two_with_one("train_stage2", "owl1", start, tmp_path, mixed, "--lora-dropout", 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_two_processes_train_stage_1_as_one_does(start, tmp_path, mixed, style):
     """Here a rank of pure text uses nothing at all that is trained."""
@@ -829,55 +829,54 @@ def usable(start, tmp_path, mixed):
     return flags
 
 
-@pytest.mark.parametrize(
-    "stages, mistake, words",
-    [
-        (ALL, ("--data", "no-such.json"), "no-such.json"),
-        (ALL, ("--val", "no-such.json"), "no-such.json"),
-        (ALL, ("--data", "TMP/broken.json"), "broken.json is not valid JSON"),
-        (ALL, ("--data", "TMP/empty.json"), "at least one"),
-        (ALL, ("--data", "TMP"), "no data file"),
-        (ALL[1:], ("--weights", "no-such-folder"), "no-such-folder"),
-        (ALL[1:], ("--weights", "TMP"), "TMP"),
-        (ALL[1:], ("--weights", "TMP", "--tokenizer", GOLDEN / "text"), "config.json"),
-        (ALL, ("--tokenizer", "no-such-tokenizer"), "no-such-tokenizer"),
-        (ALL, ("--tokenizer", "TMP/broken.json"), "not a SentencePiece model"),
-        (ALL, ("--batch", "3"), "--batch 3"),
-        (ALL, ("--device", "banana"), "banana"),
-        (ALL, ("--device", "cuda"), "cuda"),
-        (ALL, ("--device", "mps"), "mps"),
-        (ALL, ("--steps", "0"), "--steps"),
-        (ALL, ("--batch", "-4"), "--batch"),
-        (ALL, ("--micro", "0"), "--micro"),
-        (ALL, ("--lr", "0"), "--lr"),
-        (ALL, ("--lr", "nan"), "lr"),
-        (ALL, ("--lr", "inf"), "lr"),
-        (ALL, ("--min-lr", "-1"), "--min-lr"),
-        (ALL, ("--warmup", "-1"), "--warmup"),
-        (ALL, ("--betas", "1.5", "0.9"), "beta"),
-        (ALL, ("--eps", "0"), "--eps"),
-        (ALL, ("--weight-decay", "-1"), "--weight-decay"),
-        (ALL, ("--weight-decay", "nan"), "--weight-decay"),
-        (ALL, ("--grad-clip", "0"), "--grad-clip"),
-        (ALL, ("--grad-clip", "nan"), "--grad-clip"),
-        (ALL, ("--max-length", "0"), "--max-length"),
-        (ALL[1:], ("--image-size", "30"), "30"),
-        (ALL, ("--image-size", "-14"), "--image-size"),
-        (ALL, ("--vit-lr-decay", "nan"), "--vit-lr-decay"),
-        (ALL, ("--crop-scale", "0"), "--crop-scale"),
-        (ALL, ("--crop-scale", "1.5"), "--crop-scale"),
-        (ALL, ("--workers", "-1"), "--workers"),
-        (ALL, ("--log-every", "0"), "--log-every"),
-        (ALL, ("--val-every", "0"), "--val-every"),
-        (ALL, ("--save-every", "0"), "--save-every"),
-        (ALL, ("--out", "TMP/broken.json"), "broken.json"),
-        (ALL[1:], ("--out", "TMP/other-weights"), "other-weights"),
-        (ALL[2:], ("--lora-rank", "-1"), "--lora-rank"),
-        (ALL[2:], ("--lora-dropout", "1.5"), "--lora-dropout"),
-        (ALL[2:], ("--lora-alpha", "nan"), "--lora-alpha"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) and str(value[0]).startswith("--") else None,
-)
+MISTAKES = [
+    (ALL, ("--data", "no-such.json"), "no-such.json"),
+    (ALL, ("--val", "no-such.json"), "no-such.json"),
+    (ALL, ("--data", "TMP/broken.json"), "broken.json is not valid JSON"),
+    (ALL, ("--data", "TMP/empty.json"), "at least one"),
+    (ALL, ("--data", "TMP"), "no data file"),
+    (ALL[1:], ("--weights", "no-such-folder"), "no-such-folder"),
+    (ALL[1:], ("--weights", "TMP"), "TMP"),
+    (ALL[1:], ("--weights", "TMP", "--tokenizer", GOLDEN / "text"), "config.json"),
+    (ALL, ("--tokenizer", "no-such-tokenizer"), "no-such-tokenizer"),
+    (ALL, ("--tokenizer", "TMP/broken.json"), "not a SentencePiece model"),
+    (ALL, ("--batch", "3"), "--batch 3"),
+    (ALL, ("--device", "banana"), "banana"),
+    (ALL, ("--device", "cuda"), "cuda"),
+    (ALL, ("--device", "mps"), "mps"),
+    (ALL, ("--steps", "0"), "--steps"),
+    (ALL, ("--batch", "-4"), "--batch"),
+    (ALL, ("--micro", "0"), "--micro"),
+    (ALL, ("--lr", "0"), "--lr"),
+    (ALL, ("--lr", "nan"), "lr"),
+    (ALL, ("--lr", "inf"), "lr"),
+    (ALL, ("--min-lr", "-1"), "--min-lr"),
+    (ALL, ("--warmup", "-1"), "--warmup"),
+    (ALL, ("--betas", "1.5", "0.9"), "beta"),
+    (ALL, ("--eps", "0"), "--eps"),
+    (ALL, ("--weight-decay", "-1"), "--weight-decay"),
+    (ALL, ("--weight-decay", "nan"), "--weight-decay"),
+    (ALL, ("--grad-clip", "0"), "--grad-clip"),
+    (ALL, ("--grad-clip", "nan"), "--grad-clip"),
+    (ALL, ("--max-length", "0"), "--max-length"),
+    (ALL[1:], ("--image-size", "30"), "30"),
+    (ALL, ("--image-size", "-14"), "--image-size"),
+    (ALL, ("--vit-lr-decay", "nan"), "--vit-lr-decay"),
+    (ALL, ("--crop-scale", "0"), "--crop-scale"),
+    (ALL, ("--crop-scale", "1.5"), "--crop-scale"),
+    (ALL, ("--workers", "-1"), "--workers"),
+    (ALL, ("--log-every", "0"), "--log-every"),
+    (ALL, ("--val-every", "0"), "--val-every"),
+    (ALL, ("--save-every", "0"), "--save-every"),
+    (ALL, ("--out", "TMP/broken.json"), "broken.json"),
+    (ALL[1:], ("--out", "TMP/other-weights"), "other-weights"),
+    (ALL[2:], ("--lora-rank", "-1"), "--lora-rank"),
+    (ALL[2:], ("--lora-dropout", "1.5"), "--lora-dropout"),
+    (ALL[2:], ("--lora-alpha", "nan"), "--lora-alpha"),
+]
+
+
+@pytest.mark.parametrize("stages, mistake, words", MISTAKES, ids=[" ".join(map(str, mistake)) for _, mistake, _ in MISTAKES])
 def test_a_mistake_on_the_command_line_is_one_sentence(usable, tmp_path, capsys, stages, mistake, words):
     """Exit code 2, one line, before anything is trained or written."""
     (tmp_path / "broken.json").write_text('[{"a": 1}')
