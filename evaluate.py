@@ -13,20 +13,60 @@ runs above are the control: a model that looks loses what only looking could hav
 import argparse
 import json
 import random
-import sys
 from collections import Counter
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.conversations import read_rows
 from data.image import load_image, to_pixels
-from data.text import Tokenizer, conversation_turns, expand_images, render_prompt
-from model import IMAGE_ID, Owl
+from data.text import IMAGE_MARK, Tokenizer, conversation_turns, expand_images, render_prompt
+from model import Owl
+from train import fail, start_process
 from weights import load_model
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
+
+
+@dataclass
+class Case:
+    """A question, its right answer, and the paths of the images it marks."""
+
+    question: str
+    truth: str
+    images: list[str]
+
+
+def read_cases(path: str) -> list[Case]:
+    """The first question of each row of a data file. ValueError, in one sentence, for a row that has none."""
+    cases = []
+    for index, row in enumerate(read_rows(path)):
+        try:
+            turns = conversation_turns(row.get("text", row.get("conversations")))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}, row {index}: {error}") from None
+        images = row.get("image") or []
+        images = [images] if isinstance(images, str) else images
+        n_mark = [len(IMAGE_MARK.findall(turn)) for turn in turns]
+        if not isinstance(images, list) or len(images) != sum(n_mark):
+            raise ValueError(f"{path}, row {index}: image should list the {sum(n_mark)} images that are marked")
+        for image in images:
+            if not isinstance(image, str) or PurePath(image).is_absolute() or ".." in PurePath(image).parts:
+                raise ValueError(f"{path}, row {index}: {image!r} is not a path below the image folder")
+        cases.append(Case(turns[0], turns[1], images[: n_mark[0]]))
+    return cases
+
+
+def read_images(cases: list[Case], root: Path, size: int, fit: str) -> dict[str, Tensor]:
+    """The pixels of all images that are asked about, each once. ValueError for one that cannot be read."""
+    paths = sorted({path for case in cases for path in case.images})
+    pixels = {}
+    for path in tqdm(paths, desc="images", unit="image", disable=None):
+        pixels[path] = to_pixels(load_image(root / path), size, fit)
+    return pixels
 
 
 def normal(answer: str) -> str:
@@ -34,14 +74,20 @@ def normal(answer: str) -> str:
     return answer.strip().lower().removesuffix(".")
 
 
+def prompt_of(question: str, model: Owl, tokenizer: Tokenizer) -> list[int]:
+    """The ids of one question. ValueError if they outgrow the model's context."""
+    ids = render_prompt([question, None], tokenizer, model.config.style)
+    ids, _ = expand_images(ids, None, model.config.image_words)
+    if len(ids) > model.config.llama.context:
+        raise ValueError(f"a question of {len(ids)} tokens is longer than the model's {model.config.llama.context}")
+    return ids
+
+
 def ask(
-    model: Owl, tokenizer: Tokenizer, questions: list[str], images: list[torch.Tensor], max_new_tokens: int
+    model: Owl, tokenizer: Tokenizer, questions: list[str], images: list[Tensor], max_new_tokens: int
 ) -> list[str]:
     """Answers a batch of questions greedily. images: those that the questions mark, in order, [3, S, S] each."""
-    prompts = []
-    for question in questions:
-        ids = render_prompt([question, None], tokenizer, model.config.style)
-        prompts.append(expand_images(ids, None, model.config.image_words)[0])
+    prompts = [prompt_of(question, model, tokenizer) for question in questions]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
@@ -58,7 +104,7 @@ def ask(
     return texts
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="FILE", help="questions, as conversations of one turn")
     p.add_argument("--weights", metavar="FOLDER", default=EMBEDDED, help="model folder (default: the embedded one)")
@@ -71,28 +117,26 @@ def main() -> None:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", metavar="FILE", help="write each question, answer and right answer here (.jsonl)")
     args = p.parse_args()
+    if args.batch < 1 or args.max_new_tokens < 1:
+        p.error("--batch and --max-new-tokens must be 1 or more")
+    return args
+
+
+def main() -> None:
+    args = parse()
     try:
-        rows = read_rows(args.data)
-        cases = []
-        for index, row in enumerate(rows):
-            try:
-                turns = conversation_turns(row.get("text", row.get("conversations")))
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{args.data}, row {index}: {error}") from None
-            paths = row.get("image") or []
-            cases.append((turns[0], turns[1], [paths] if isinstance(paths, str) else paths))
-        model = load_model(args.weights, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+        cases = read_cases(args.data)
+        device = start_process(args.device).device
+        model = load_model(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         tokenizer = Tokenizer(args.weights)
         fit = args.fit or ("stretch" if model.config.style == "owl1" else "square")
         root = Path(args.image_root) if args.image_root else Path(args.data).parent
-        files = sorted({path for _, _, paths in cases for path in paths})
-        pixels = {}
-        for path in tqdm(files, desc="images", unit="image", disable=None):
-            image = load_image(root / path)
-            pixels[path] = to_pixels(image, model.config.image_size, fit)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        pixels = read_images(cases, root, model.config.image_size, fit)
+        for case in cases:
+            prompt_of(case.question, model, tokenizer)
+        log = open(args.out, "w", encoding="utf-8") if args.out else None
+    except (ValueError, OSError) as error:
+        fail(error)
 
     if args.images == "blank":
         # The mean colour, which normalisation takes to about zero.
@@ -104,17 +148,16 @@ def main() -> None:
 
     right = Counter()
     asked = Counter()
-    log = open(args.out, "w", encoding="utf-8") if args.out else None
     for start in tqdm(range(0, len(cases), args.batch), desc="asking", unit="batch", disable=None):
         batch = cases[start : start + args.batch]
-        images = [pixels[path] for _, _, paths in batch for path in paths]
-        answers = ask(model, tokenizer, [question for question, _, _ in batch], images, args.max_new_tokens)
-        for (question, truth, paths), answer in zip(batch, answers):
-            kind = "yes or no" if normal(truth) in ("yes", "no") else "other"
+        images = [pixels[path] for case in batch for path in case.images]
+        answers = ask(model, tokenizer, [case.question for case in batch], images, args.max_new_tokens)
+        for case, answer in zip(batch, answers):
+            kind = "yes or no" if normal(case.truth) in ("yes", "no") else "other"
             asked[kind] += 1
-            right[kind] += normal(answer) == normal(truth)
+            right[kind] += normal(answer) == normal(case.truth)
             if log:
-                log.write(json.dumps({"image": paths, "question": question, "answer": answer, "truth": truth}) + "\n")
+                log.write(json.dumps(asdict(case) | {"answer": answer}) + "\n")
     for kind in sorted(asked):
         print(f"{kind:<10} {right[kind]:>6} of {asked[kind]:>6}  {100 * right[kind] / asked[kind]:.2f} %")
     print(f"{'all':<10} {right.total():>6} of {asked.total():>6}  {100 * right.total() / asked.total():.2f} %")

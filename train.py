@@ -39,10 +39,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.check import check
-from data.conversations import Batch, Conversations, Order, collate, loader
+from data.conversations import Batch, Conversations, Order, Skipped, collate, loader
 from data.text import Tokenizer
 from model import PRESETS, Owl
-from weights import load_model, read_config, resize_images
+from weights import WEIGHT_FILES, load_model, read_config, resize_images
 
 
 @dataclass
@@ -100,11 +100,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float)
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--grad-clip", type=float, help="the gradient's greatest norm")
-    g.add_argument("--max-length", type=int, help="longest sample, in positions; turns beyond are left out")
+    g.add_argument("--max-length", type=int, help="longest sample, in positions (the model's context at most); turns beyond are left out")
     g.add_argument("--image-size", type=int, help="pixels; position embeddings are interpolated; 0: the model's own")
     g.add_argument("--vit-lr-decay", type=float, help="learning rate factor from one ViT layer to the one below")
     g.add_argument("--crop-scale", type=float, help="random crops of at least this share of the image, and flips")
     return p
+
+
+POSITIVE = ("steps", "batch", "lr", "eps", "grad_clip", "max_length", "vit_lr_decay", "micro", "log_every", "val_every", "save_every")
 
 
 def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
@@ -115,15 +118,15 @@ def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
             numbers[name] = getattr(args, name)
     numbers["betas"] = tuple(numbers["betas"])
     recipe = Recipe(**numbers)
-    for name in ("steps", "batch", "lr", "grad_clip", "max_length", "eps"):
-        if numbers[name] <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {numbers[name]}")
-    for name in ("warmup", "min_lr", "weight_decay", "image_size"):
-        if numbers[name] < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("micro", "log_every", "val_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+    flags = numbers | {name: getattr(args, name) for name in ("micro", "workers", "log_every", "val_every", "save_every")}
+    for name, number in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{flag} must be a finite number, not {number}")
+        if name in ("warmup", "min_lr", "weight_decay", "image_size", "workers") and number < 0:
+            raise ValueError(f"{flag} must not be negative")
+        if name in POSITIVE and number <= 0:
+            raise ValueError(f"{flag} must be above 0, not {number}")
     if recipe.crop_scale is not None and not 0 < recipe.crop_scale <= 1:
         raise ValueError(f"--crop-scale is a share above 0 and at most 1, not {recipe.crop_scale}")
     return recipe
@@ -177,6 +180,10 @@ def start_process(device: str | None) -> Place:
         place = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is not a device that torch knows") from None
+    try:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}") from None
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -245,7 +252,8 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 def settings(args: argparse.Namespace, recipe: Recipe) -> dict:
     """What must be the same for a run to continue as if it had not stopped."""
-    run = {"data": str(args.data), "seed": args.seed, "weights": args.weights, "preset": args.preset}
+    free = ("out", "resume", "check", "val", "device", "micro", "workers", "log_every", "val_every", "save_every")
+    run = {name: value for name, value in vars(args).items() if name not in free}
     return run | {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(recipe).items()}
 
 
@@ -267,8 +275,8 @@ def load_checkpoint(path: Path, model: Owl, optimizer: torch.optim.Optimizer, ru
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = json.loads(state["settings"])
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0][:200]})") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
     different = [f"{key}: {saved.get(key)} then, {run[key]} now" for key in run if saved.get(key) != run[key]]
     if different:
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(different)})")
@@ -325,7 +333,7 @@ class Skips:
 
 
 @torch.no_grad()
-def validate(model: Owl, data: Conversations, micro: int, place: Place) -> float:
+def validate(model: Owl, data: Conversations, micro: int, place: Place, skips: Skips) -> float:
     """The mean loss over all supervised tokens of a data file."""
     model.eval()
     loss_sum = 0.0
@@ -333,8 +341,9 @@ def validate(model: Owl, data: Conversations, micro: int, place: Place) -> float
     mine = range(place.rank, len(data), place.world)
     for start in range(0, len(mine), micro):
         batch = collate([data[0, index] for index in mine[start : start + micro]])
+        skips.add(batch)
         with mixed_precision(place):
-            loss = forward(model, batch, place)
+            loss = forward(Loss(model), batch, place)
         loss_sum += loss.item() * batch.n_supervised
         n_token += batch.n_supervised
     model.train()
@@ -347,12 +356,30 @@ def mixed_precision(place: Place) -> torch.autocast:
     return torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=place.device.type == "cuda")
 
 
-def forward(model: nn.Module, batch: Batch, place: Place) -> Tensor:
+def forward(loss_of: nn.Module, batch: Batch, place: Place) -> Tensor:
     """The mean loss over a batch's supervised tokens."""
     ids = batch.ids.to(place.device, non_blocking=True)
     labels = batch.labels.to(place.device, non_blocking=True)
     images = None if batch.images is None else batch.images.to(place.device, non_blocking=True)
-    return model(ids, images, labels)[1]
+    return loss_of(ids, images, labels)
+
+
+class Loss(nn.Module):
+    """The model's loss, as a module of its own for DDP to wrap.
+
+    In stage 1 a batch of pure text meets nothing that is trained. Its loss has no gradient, but backward must run,
+    since the other ranks wait for this one's: a parameter times zero gives it one.
+    """
+
+    def __init__(self, model: Owl):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, images: Tensor | None, labels: Tensor) -> Tensor:
+        loss = self.model(ids, images, labels)[1]
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            loss = loss + 0.0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
+        return loss
 
 
 @dataclass
@@ -391,7 +418,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, 
     words = model.config.image_words
     size = model.config.image_size
     fit = args.fit or ("stretch" if style == "owl1" else "pad")
-    length = recipe.max_length
+    length = min(recipe.max_length, model.config.llama.context)
     if tokenizer.vocab_size > model.config.llama.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.llama.vocab_size}"
@@ -402,12 +429,22 @@ def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, 
         val = Conversations(args.val, tokenizer, style, words, size, length, fit, args.image_root)
     if args.check:
         sys.exit(1 if check(data) else 0)
+    first = [data[0, index] for index in range(min(len(data), 20))]
+    if all(isinstance(sample, Skipped) for sample in first):
+        raise ValueError(f"none of the first {len(first)} rows of {args.data} can be used; {first[0].reason}")
     if not args.out:
         raise ValueError("give the run a folder: --out")
     if recipe.batch % (args.micro * place.world) != 0:
         raise ValueError(
             f"--batch {recipe.batch} does not divide into micro-batches of {args.micro} on {place.world} processes"
         )
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, and should be a folder")
+    if args.weights and out.resolve() == Path(args.weights).resolve():
+        raise ValueError(f"--out {out} is the folder of --weights: the run would overwrite what it starts from")
+    if any((out / name).exists() for name in WEIGHT_FILES[1:]):
+        raise ValueError(f"--out {out} already holds other weights: choose another folder")
     model.to(place.device).train()
     optimizer = make_optimizer(model, recipe)
     run = Run(args, recipe, place, model, optimizer, data, val, start=0)
@@ -423,11 +460,13 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
     args, recipe, place, model, optimizer = run.args, run.recipe, run.place, run.model, run.optimizer
     if place.is_first:
         print(report(model), file=sys.stderr)
+        if recipe.warmup >= recipe.steps:
+            print(f"warning: {recipe.steps} steps end before the warm-up of {recipe.warmup} does", file=sys.stderr)
     run.out.mkdir(parents=True, exist_ok=True)
-    # A rank whose samples are all text uses no vision parameter: DDP has to look which were used.
-    ddp = model
+    loss_of = Loss(model)
     if place.world > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        # A rank whose samples are all text uses no vision parameter: DDP has to look which were used.
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     steps = range(run.start, recipe.steps)
@@ -435,6 +474,7 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
     batches = loader(run.data, order, args.workers, pin=place.device.type == "cuda")
     metrics = Metrics(run.out / "metrics.jsonl", run.start, place.is_first)
     skips = Skips()
+    val_skips = Skips()
     stopping = []
     handlers = {s: signal.signal(s, lambda *_: stopping.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=recipe.steps, initial=run.start, desc="training", unit="step", disable=not place.is_first)
@@ -447,7 +487,7 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
         rate = learning_rate(step, recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        torch.manual_seed((args.seed << 32) + step * place.world + place.rank)  # dropout's
+        torch.manual_seed(((args.seed << 32) + step * place.world + place.rank) % 2**63)  # dropout's
         micros = [next(batches) for _ in range(run.accumulate)]
         n_supervised, n_token, stop = total(
             place, sum(b.n_supervised for b in micros), sum(b.n_token for b in micros), len(stopping)
@@ -456,9 +496,9 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
         for i, batch in enumerate(micros):
             skips.add(batch)
             last = i == run.accumulate - 1
-            with nullcontext() if last or place.world == 1 else ddp.no_sync():
+            with nullcontext() if last or place.world == 1 else loss_of.no_sync():
                 with mixed_precision(place):
-                    loss = forward(ddp, batch, place)
+                    loss = forward(loss_of, batch, place)
                 # DDP averages over the ranks; times their number it sums, and the divisor is the same on all.
                 loss = loss * (batch.n_supervised / max(n_supervised, 1))
                 (loss * place.world).backward()
@@ -481,7 +521,7 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
             log_tokens = 0
             log_time = time.perf_counter()
         if run.val is not None and (done % args.val_every == 0 or done == recipe.steps):
-            val_loss = validate(model, run.val, args.micro, place)
+            val_loss = validate(model, run.val, args.micro, place, val_skips)
             metrics.write(step=done, val_loss=val_loss)
             if place.is_first:
                 tqdm.write(f"step {done}: validation loss {val_loss:.4f}", file=sys.stderr)

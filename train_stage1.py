@@ -4,12 +4,14 @@ From pairs of images and captions. The language model stays frozen, so that it f
 vision tower and the abstractor learn to speak to it. In Owl2 the image half of the modality-adaptive
 module (its K/V projections and norms for image words) is trained as well.
 
-From CLIP's and LLaMA's weights, or from a model folder:
+From CLIP's and LLaMA's weights, on one device or on eight:
 
     python train_stage1.py --preset owl2-7b --clip clip-vit-large-patch14 --llama Llama-2-7b-hf \\
         --data captions.json --out runs/stage1
-    python train_stage1.py --weights runs/stage0 --data data/easy_vqa/captions.json --out runs/stage1
-    torchrun --nproc_per_node=8 train_stage1.py --weights ... --workers 8 --data ... --out ...
+    torchrun --nproc_per_node=8 train_stage1.py --preset owl2-7b --clip ... --llama ... \\
+        --data captions.json --out runs/stage1 --workers 8
+
+--weights FOLDER starts from a model instead (the tiny owl does, with numbers of its own: see the Makefile).
 
 Look at the data first with --check; continue a run that stopped with --resume.
 """

@@ -15,6 +15,7 @@ Look at the data first with --check; continue a run that stopped with --resume. 
 adapter alone in PEFT's files, and OUT the model with the adapter merged.
 """
 
+import math
 from pathlib import Path
 
 import lora
@@ -88,6 +89,8 @@ def main() -> None:
         place = start_process(args.device)
         model, tokenizer, recipe = start_model(args, RECIPES)
         rank = LORA_RANK[model.config.style] if args.lora_rank is None else args.lora_rank
+        if rank < 0 or not 0 <= args.lora_dropout < 1 or not 0 < args.lora_alpha < math.inf:
+            raise ValueError("--lora-rank is 0 or more, --lora-alpha above 0, --lora-dropout from 0 to below 1")
         choose_trained(model, rank, args.lora_alpha, args.lora_dropout)
         if args.train_abstractor:
             model.abstractor.requires_grad_(True)

@@ -493,7 +493,8 @@ def _assign(model: Owl, state: dict[str, Tensor], folder: Path) -> None:
 def save_model(model: Owl, folder: str | Path) -> None:
     """Writes a model folder in the official layout: sharded safetensors, index, config.json, tokenizer files.
 
-    The tokenizer files are those of model.tokenizer_folder, by default where the model was loaded from. Each file is written beside its place and then moved there. Raises ValueError if an adapter is not
+    The tokenizer files are those of model.tokenizer_folder, by default where the model was loaded from. Each file
+    is written beside its place and then moved there. Raises ValueError if an adapter is not
     merged, or if the folder holds weights under other names, which readers would mix up with these.
     """
     folder = Path(folder)
@@ -517,6 +518,7 @@ def save_model(model: Owl, folder: str | Path) -> None:
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / f"{name}.part", metadata={"format": "pt"})
+        (folder / f"{name}.part").chmod(0o644)  # save_file lets nobody else read it
         (folder / f"{name}.part").replace(folder / name)
         index |= {key: name for key in shard}
         total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())

@@ -53,7 +53,7 @@ def marked(sample: Sample, tokenizer: Tokenizer) -> str:
     n_image = 0
     for token, label in zip([*sample.ids, IMAGE_ID], [*sample.labels, IGNORE]):
         if token == IMAGE_ID or (label != IGNORE) != supervised:
-            words = "".join(tokenizer.pieces.id_to_piece(i) for i in run).replace("▁", " ").replace("<0x0A>", "\n")
+            words = b"".join(_piece(i, tokenizer) for i in run).decode(errors="replace")
             if words:
                 text += f"[[{words}]]" if supervised else words
             run = []
@@ -66,3 +66,11 @@ def marked(sample: Sample, tokenizer: Tokenizer) -> str:
                 n_image = 0
             run.append(token)
     return text
+
+
+def _piece(token: int, tokenizer: Tokenizer) -> bytes:
+    """A token as it is read; a character that is in no piece is spelt in bytes."""
+    piece = tokenizer.pieces.id_to_piece(token)
+    if tokenizer.pieces.is_byte(token):
+        return bytes([int(piece[1:-1], 16)])
+    return piece.replace("▁", " ").encode()

@@ -16,6 +16,7 @@ A row that cannot be used is never replaced in silence: it comes out as a Skippe
 """
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -65,10 +66,10 @@ def read_rows(path: str | Path) -> list:
     if not path.is_file():
         raise FileNotFoundError(f"there is no data file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             rows = []
-            for i, line in enumerate(text.splitlines()):
+            for i, line in enumerate(text.split("\n")):
                 try:
                     if line.strip():
                         rows.append(json.loads(line))
@@ -76,7 +77,7 @@ def read_rows(path: str | Path) -> list:
                     rows.append(f"line {i + 1} is not valid JSON: {error}")
         else:
             rows = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} should hold a list of conversations, and at least one")
@@ -170,9 +171,9 @@ class Conversations(Dataset):
         for i, path in enumerate(paths):
             if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
                 raise Unusable("image outside its folder", f"{path} is not below the image folder")
-            if not (self.image_root / path).is_file():
-                raise Unusable("missing image", f"there is no image {self.image_root / path}")
             try:
+                if not (self.image_root / path).is_file():
+                    raise Unusable("missing image", f"there is no image {self.image_root / path}")
                 image = load_image(self.image_root / path)
                 if self.crop_scale is None:
                     pixels.append(to_pixels(image, self.image_size, self.fit))
@@ -180,7 +181,7 @@ class Conversations(Dataset):
                     generator = torch.Generator().manual_seed(seed + i)
                     image = augment(image, generator, (self.crop_scale, 1.0))
                     pixels.append(to_pixels(image, self.image_size, "stretch"))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise Unusable("unreadable image", str(error)) from None
         return torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
 
@@ -249,14 +250,27 @@ class Order:
                 for position in range(start, start + self.micro):
                     if position // self.n != epoch:
                         epoch = position // self.n
-                        generator = torch.Generator().manual_seed(self.seed + epoch)
+                        generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**63)
                         order = torch.randperm(self.n, generator=generator).tolist()
-                    keys.append(((self.seed << 40) + position * 64, order[position % self.n]))
+                    keys.append((((self.seed << 40) + position * 64) % 2**63, order[position % self.n]))
                 yield keys
 
 
 def loader(data: Conversations, order: Order | list, n_worker: int, pin: bool) -> Iterator[Batch]:
     """Batches in the given order, made ready by n_worker processes beside this one (0: by this one)."""
     return iter(
-        DataLoader(data, batch_sampler=order, num_workers=n_worker, collate_fn=collate, pin_memory=pin)
+        DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=n_worker,
+            collate_fn=collate,
+            pin_memory=pin,
+            worker_init_fn=_ignore_signals,
+        )
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a run; the step under way still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

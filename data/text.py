@@ -70,7 +70,14 @@ class Tokenizer:
         self.vocab_size = self.pieces.vocab_size()
 
     def encode(self, text: str, after_end: bool = False) -> list[int]:
-        """The ids of one piece of text, without <s>. after_end: the piece follows a </s>."""
+        """The ids of one piece of text, without <s>. after_end: the piece follows a </s>.
+
+        Raises ValueError for a text that is not Unicode.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("the text holds half a character (a lone surrogate)") from None
         if after_end and not self.legacy:
             # A character that is in no piece takes SentencePiece's space upon itself, and is cut off again.
             return self.pieces.encode(LONER + text)[len(self.pieces.encode(LONER)) :]

@@ -121,7 +121,7 @@ def test_exact_matches_are_counted_by_kind(run, eye, folder):
     table = run(rows, "--out", out, "--batch", 2)
     assert table == {"yes or no": (2, 3), "other": (2, 4), "all": (4, 7)}
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert lines[0] == {"image": ["red.png"], "question": "<image>Which?", "answer": "red", "truth": "Red."}
+    assert lines[0] == {"images": ["red.png"], "question": "<image>Which?", "answer": "red", "truth": "Red."}
     assert [line["answer"] for line in lines] == ["red", "green", "blue", "green", "yes", "no", "Yes."]
 
 

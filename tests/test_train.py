@@ -480,13 +480,28 @@ def test_bad_rows_among_good_ones_are_counted_named_and_harmless(start, tmp_path
             assert_finite(out)
 
 
-def test_nothing_but_bad_rows_teaches_nothing(start, tmp_path):
-    """Loss 0, no NaN, and the weights are bit for bit the old ones."""
+def test_nothing_but_bad_rows_is_refused(start, tmp_path, capsys):
+    """A wrong --image-root, say: the run says so before its first step, not after its last."""
     rows = [{"image": "gone.png", "conversations": talk("<image>a", "b")}] * 3
     data = write_rows(tmp_path / "data.json", rows)
     out = tmp_path / "out"
-    run_stage("train_stage2", "--weights", start("owl2"), "--data", data, "--out", out, "--steps", 2, "--batch", 2, "--micro", 1, *QUICK)
-    assert losses_of(out) == [0.0, 0.0]
+    with pytest.raises(SystemExit) as stop:
+        run_stage("train_stage2", "--weights", start("owl2"), "--data", data, "--out", out, "--steps", 2, *QUICK)
+    assert stop.value.code == 2
+    assert "none of the first 3 rows" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_step_of_bad_rows_teaches_nothing(start, tmp_path):
+    """Loss 0, no NaN, and the weights are bit for bit the old ones: only the row that is never drawn is good."""
+    bad = {"image": "gone.png", "conversations": talk("<image>a", "b")}
+    order = next(iter(Order(8, 0, 8, 8, 0, 1, range(1))))
+    rows = [bad] * 8
+    rows[order[-1][1]] = {"conversations": talk("a", "b")}
+    data = write_rows(tmp_path / "data.json", rows)
+    out = tmp_path / "out"
+    run_stage("train_stage2", "--weights", start("owl2"), "--data", data, "--out", out, "--steps", 3, "--batch", 2, "--micro", 1, *QUICK)
+    assert losses_of(out) == [0.0, 0.0, 0.0]
     assert_same_weights(weights_of(out), weights_of(start("owl2")))
 
 
