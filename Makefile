@@ -1,8 +1,11 @@
 # make demo    ask the embedded model about a picture
 # make test    the tests (under five minutes on two cores); make test-slow: all of them
-# make tiny    train the embedded model anew, into runs/tiny-owl2 (half an hour on two cores)
+# make tiny    train the embedded model anew, into runs/tiny-owl2/stage2 (half an hour on two cores)
 
 PYTHON := .venv/bin/python
+DATA := data/easy_vqa
+TINY := runs/tiny-owl2
+TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200
 
 demo: .venv/run
 	$(PYTHON) sample.py --image assets/blue-rectangle.png --prompt "what color is the shape?"
@@ -13,6 +16,21 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(PYTHON) -m pytest -q
 
+tiny: .venv/dev
+	$(PYTHON) $(DATA)/prepare.py
+	$(PYTHON) train_stage0.py --preset tiny-owl2 --tokenizer $(DATA)/tokenizer.model --out $(TINY)/stage0 \
+	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS) \
+	    --steps 700 --warmup 50 --lr 1.5e-3 --min-lr 1e-4
+	$(PYTHON) train_stage1.py --weights $(TINY)/stage0 --out $(TINY)/stage1 \
+	    --data $(DATA)/captions.json --val $(DATA)/captions_val.json $(TINY_FLAGS) \
+	    --steps 2200 --warmup 100 --lr 1.5e-3 --min-lr 1e-4 --crop-scale 0.8
+	$(PYTHON) train_stage2.py --weights $(TINY)/stage1 --out $(TINY)/stage2 \
+	    --data $(DATA)/train.json --val $(DATA)/val.json $(TINY_FLAGS) \
+	    --steps 2000 --warmup 100 --lr 1e-3 --min-lr 1e-5 --crop-scale 0.8 --weight-decay 0.05 --max-length 512
+	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2
+	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images blank
+	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images shuffled
+
 .venv/run: requirements.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -r requirements.txt
@@ -22,4 +40,4 @@ test-slow: .venv/dev
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow tiny

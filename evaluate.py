@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.conversations import read_rows
-from data.image import load_image, to_pixels
+from data.image import FITS, load_image, to_pixels
 from data.text import IMAGE_MARK, Tokenizer, conversation_turns, expand_images, render_prompt
 from model import Owl
 from train import fail, start_process
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--weights", metavar="FOLDER", default=EMBEDDED, help="model folder (default: the embedded one)")
     p.add_argument("--images", choices=("right", "blank", "shuffled"), default="right", help="what the model is shown")
     p.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
-    p.add_argument("--fit", choices=("stretch", "square", "pad", "crop"), help="default: owl1 stretch, owl2 square")
+    p.add_argument("--fit", choices=FITS, help="default: owl1 stretch, owl2 square")
     p.add_argument("--batch", type=int, default=64, help="questions at a time (default 64)")
     p.add_argument("--max-new-tokens", type=int, default=10)
     p.add_argument("--seed", type=int, default=0, help="of the shuffling")

@@ -102,6 +102,23 @@ PRESETS = {
 }
 
 
+def init_weights(part: nn.Module) -> None:
+    """Draws random weights for a model or a part of one: each layer keeps the size of what passes through it."""
+    for module in part.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in part.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for name, parameter in part.named_parameters():
+        if name.split(".")[-1] in ("cls_token", "position_embedding", "queries", "eos"):
+            # Random, the queries above all: equal ones would stay equal in training.
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+
 class Owl(nn.Module):
     """A model that reads images and text, and writes text."""
 
@@ -114,17 +131,8 @@ class Owl(nn.Module):
         self.tokenizer_folder: Path | None = None  # whose tokenizer files go with the weights
 
     def init_weights(self) -> "Owl":
-        """Draws random weights, for training from scratch: each layer keeps the size of what passes through."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                fan_in = module.weight[0].numel()
-                nn.init.normal_(module.weight, std=fan_in**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.llama.embed_tokens.weight, std=0.02)
-        for parameter in (self.vit.cls_token, self.vit.position_embedding, self.abstractor.queries, self.abstractor.eos):
-            # Random, the queries above all: equal ones would stay equal in training.
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        """Draws random weights, for training from scratch; returns the model."""
+        init_weights(self)
         return self
 
     def forward(

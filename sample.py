@@ -206,6 +206,7 @@ def load(folder: Path, adapter: Path | None, device: torch.device, dtype: torch.
     except torch.OutOfMemoryError:
         raise ValueError(f"{folder} does not fit the memory of {device} in {dtype}") from None
     if adapter is not None:
+        weights.load_non_lora(model, adapter)
         lora.load(model, adapter, official=lambda name: weights.official_name(name, model.config.style))
         lora.merge(model)
     return model

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from data.check import check
 from data.conversations import Batch, Conversations, Order, Skipped, collate, loader
+from data.image import FITS
 from data.text import Tokenizer
 from model import PRESETS, Owl
 from weights import WEIGHT_FILES, load_model, read_config, resize_images
@@ -71,14 +72,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The flags that all stages have. Those of the recipe are None unless given."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("model")
-    g.add_argument("--preset", choices=sorted(PRESETS), help="the model's shape, when it starts from parts or from nothing")
+    g.add_argument("--preset", choices=sorted(PRESETS), help="the model's shape, when not from --weights")
     g.add_argument("--weights", metavar="FOLDER", help="start from this model folder (official layout)")
-    g.add_argument("--tokenizer", metavar="PATH", help="folder or file of tokenizer.model (default: beside the weights)")
+    g.add_argument("--tokenizer", metavar="PATH", help="folder of tokenizer.model, or that file (default: --weights)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="FILE", required=True, help="conversations to train on (.json or .jsonl)")
     g.add_argument("--val", metavar="FILE", help="conversations to measure the loss on")
-    g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: the data file's folder)")
-    g.add_argument("--fit", choices=("stretch", "square", "pad", "crop"), help="how images become squares (default: owl1 stretch, owl2 pad)")
+    g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
+    g.add_argument("--fit", choices=FITS, help="how images become squares (default: owl1 stretch, owl2 pad)")
     g.add_argument("--check", action="store_true", help="go over the data, show a few samples, and stop")
     g = p.add_argument_group("run")
     g.add_argument("--out", metavar="FOLDER", help="the run's folder (required but with --check)")
@@ -100,14 +101,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float)
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--grad-clip", type=float, help="the gradient's greatest norm")
-    g.add_argument("--max-length", type=int, help="longest sample, in positions (the model's context at most); turns beyond are left out")
+    g.add_argument("--max-length", type=int, help="longest sample, in positions; turns beyond are left out")
     g.add_argument("--image-size", type=int, help="pixels; position embeddings are interpolated; 0: the model's own")
     g.add_argument("--vit-lr-decay", type=float, help="learning rate factor from one ViT layer to the one below")
     g.add_argument("--crop-scale", type=float, help="random crops of at least this share of the image, and flips")
     return p
-
-
-POSITIVE = ("steps", "batch", "lr", "eps", "grad_clip", "max_length", "vit_lr_decay", "micro", "log_every", "val_every", "save_every")
 
 
 def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
@@ -118,15 +116,15 @@ def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
             numbers[name] = getattr(args, name)
     numbers["betas"] = tuple(numbers["betas"])
     recipe = Recipe(**numbers)
-    flags = numbers | {name: getattr(args, name) for name in ("micro", "workers", "log_every", "val_every", "save_every")}
-    for name, number in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{flag} must be a finite number, not {number}")
-        if name in ("warmup", "min_lr", "weight_decay", "image_size", "workers") and number < 0:
-            raise ValueError(f"{flag} must not be negative")
-        if name in POSITIVE and number <= 0:
-            raise ValueError(f"{flag} must be above 0, not {number}")
+    for name in ("micro", "workers", "log_every", "val_every", "save_every"):
+        numbers[name] = getattr(args, name)
+    may_be_zero = ("warmup", "min_lr", "weight_decay", "image_size", "workers")
+    for name, number in numbers.items():
+        if name in ("betas", "crop_scale"):
+            continue
+        if not (number > 0 or number == 0 and name in may_be_zero) or not math.isfinite(number):
+            least = "0 or more" if name in may_be_zero else "above 0"
+            raise ValueError(f"--{name.replace('_', '-')} must be {least}, not {number}")
     if recipe.crop_scale is not None and not 0 < recipe.crop_scale <= 1:
         raise ValueError(f"--crop-scale is a share above 0 and at most 1, not {recipe.crop_scale}")
     return recipe
@@ -455,9 +453,35 @@ def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, 
     return run
 
 
+def take_step(
+    run: Run, loss_of: nn.Module, trained: list[nn.Parameter], micros: list[Batch], n_supervised: float
+) -> tuple[Tensor, Tensor]:
+    """One step of the optimizer over this rank's micro-batches.
+
+    n_supervised: the step's supervised tokens, over all ranks. Returns this rank's share of the mean loss over
+    them, and the gradient's norm.
+    """
+    step_loss = torch.zeros((), device=run.place.device)
+    for i, batch in enumerate(micros):
+        exchange = run.place.world == 1 or i == len(micros) - 1  # gradients meet once, after the last
+        with nullcontext() if exchange else loss_of.no_sync():
+            with mixed_precision(run.place):
+                loss = forward(loss_of, batch, run.place)
+            loss = loss * (batch.n_supervised / max(n_supervised, 1))
+            (loss * run.place.world).backward()  # DDP averages over the ranks; times their number is the sum
+        step_loss += loss.detach()
+    for parameter in trained:  # one that no sample used counts as zero, however many processes there are
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = nn.utils.clip_grad_norm_(trained, run.recipe.grad_clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return step_loss, norm
+
+
 def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
     """Trains what requires a gradient, then calls finish(model, out), which saves the model."""
-    args, recipe, place, model, optimizer = run.args, run.recipe, run.place, run.model, run.optimizer
+    args, recipe, place, model = run.args, run.recipe, run.place, run.model
     if place.is_first:
         print(report(model), file=sys.stderr)
         if recipe.warmup >= recipe.steps:
@@ -485,36 +509,22 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
 
     for step in steps:
         rate = learning_rate(step, recipe)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         torch.manual_seed(((args.seed << 32) + step * place.world + place.rank) % 2**63)  # dropout's
         micros = [next(batches) for _ in range(run.accumulate)]
         n_supervised, n_token, stop = total(
             place, sum(b.n_supervised for b in micros), sum(b.n_token for b in micros), len(stopping)
         )
-        step_loss = torch.zeros((), device=place.device)
-        for i, batch in enumerate(micros):
+        for batch in micros:
             skips.add(batch)
-            last = i == run.accumulate - 1
-            with nullcontext() if last or place.world == 1 else loss_of.no_sync():
-                with mixed_precision(place):
-                    loss = forward(loss_of, batch, place)
-                # DDP averages over the ranks; times their number it sums, and the divisor is the same on all.
-                loss = loss * (batch.n_supervised / max(n_supervised, 1))
-                (loss * place.world).backward()
-            step_loss += loss.detach()
-        for parameter in trained:  # one that no sample used counts as zero, however many processes there are
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(trained, recipe.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss, norm = take_step(run, loss_of, trained, micros, n_supervised)
 
         log_tokens += n_token
         done = step + 1
         bar.update()
         if done % args.log_every == 0 or done == recipe.steps:
-            (mean_loss,) = total(place, step_loss.item())  # over this step's tokens, of all ranks
+            (mean_loss,) = total(place, loss.item())  # over this step's tokens, of all ranks
             speed = log_tokens / (time.perf_counter() - log_time)
             metrics.write(step=done, loss=mean_loss, lr=rate, norm=norm.item(), tokens_per_s=speed)
             bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.2e}", tokens_s=f"{speed:,.0f}")
@@ -534,8 +544,9 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if skips.count:
-        print(f"rank {place.rank} skipped {skips.summary()}", file=sys.stderr)
+    for rows, found in (("rows", skips), ("validation rows", val_skips)):
+        if found.count:
+            print(f"rank {place.rank} skipped {rows}: {found.summary()}", file=sys.stderr)
     if done < recipe.steps:
         if place.is_first:
             print(f"stopped after step {done}: continue with --resume", file=sys.stderr)

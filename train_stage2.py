@@ -79,7 +79,7 @@ def main() -> None:
     p = parser(__doc__)
     g = p.add_argument_group("LoRA")
     g.add_argument("--lora-rank", type=int, help="0: train everything (default: 8 for Owl1, 0 for Owl2)")
-    g.add_argument("--lora-alpha", type=float, default=32.0, help="the correction's weight, times the rank (default 32)")
+    g.add_argument("--lora-alpha", type=float, default=32.0, help="alpha / rank weighs the correction (default 32)")
     g.add_argument("--lora-dropout", type=float, default=0.05)
     g.add_argument("--train-abstractor", action="store_true", help="beside the adapters, as Owl1's abstract has it")
     args = p.parse_args()

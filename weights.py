@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from abstractor import AbstractorConfig, sincos_1d, sincos_2d
+from abstractor import Abstractor, AbstractorConfig, sincos_1d, sincos_2d
 from llama import LlamaConfig
 from lora import LoRALinear
-from model import Owl, OwlConfig
+from model import Owl, OwlConfig, init_weights
 from vit import ViTConfig, resize_positions
 
 # Our name in vit.py: the official name below the vision tower's prefix. {i} is the layer.
@@ -99,7 +99,13 @@ CLIP_NAMES = {
     "blocks.{i}.mlp.fc2": "encoder.layers.{i}.mlp.fc2",
     "post_norm": "post_layernorm",
 }
-CLIP_UNUSED = ("text_model.", "text_projection", "visual_projection", "logit_scale", "vision_model.embeddings.position_ids")
+CLIP_UNUSED = (
+    "text_model.",
+    "text_projection",
+    "visual_projection",
+    "logit_scale",
+    "vision_model.embeddings.position_ids",
+)
 ROTARY = re.compile(r"(^|\.)layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # computed, never read
 
 MODEL_TYPES = {"mplug-owl": "owl1", "mplug_owl2": "owl2"}
@@ -457,6 +463,24 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     return model.eval()
 
 
+def load_non_lora(model: Owl, folder: str | Path) -> None:
+    """Loads what an official LoRA run trained beside its adapter, if the adapter's folder holds such a file.
+
+    non_lora_trainables.bin has base weights under PEFT's names, `base_model.model.` and the official name. Load it
+    before the adapter. Raises ValueError as load_model does.
+    """
+    path = Path(folder) / "non_lora_trainables.bin"
+    if not path.is_file():
+        return
+    state = official_state(model)
+    for key, tensor in read_tensors(path).items():
+        name = key.removeprefix("base_model.model.")
+        if name not in state:
+            raise ValueError(f"{path} has a tensor {key}, which the model does not")
+        _check_shape(path, key, tensor, state[name])
+        state[name].data.copy_(tensor)
+
+
 def position_codes(config: AbstractorConfig, name: str) -> Tensor:
     """The fixed position codes that the buffer `name` (.q_pos or .k_pos) holds."""
     if name.endswith(".q_pos"):
@@ -559,91 +583,97 @@ def resize_images(model: Owl, image_size: int) -> None:
 
 
 def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Owl:
-    """Makes an owl for stage 1 from CLIP's vision tower and a LLaMA; the abstractor is new (FACTS: random).
+    """Makes an owl for stage 1 from CLIP's vision tower and a LLaMA, in float32; the abstractor is random.
 
     clip: a folder like openai/clip-vit-large-patch14. llama: a folder like huggyllama/llama-7b (Owl1) or
     meta-llama/Llama-2-7b-hf (Owl2). The image halves of the modality-adaptive module start as copies of
     the text halves. CLIP's position embeddings are interpolated to the configured image size.
     Raises as load_model does.
     """
-    model = Owl(config).init_weights()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("abstractor.")}
+    with torch.device("meta"):
+        model = Owl(config)
+    abstractor = Abstractor(config.abstractor)
+    init_weights(abstractor)
+    state = {f"abstractor.{name}": tensor for name, tensor in abstractor.state_dict().items()}
     expected = model.state_dict()
     state |= read_clip(Path(clip), config.vit, expected)
-    state |= read_llama(Path(llama), config.llama, expected)
+    state |= read_llama(Path(llama), expected)
     _assign(model, state, Path(llama))
     model.tokenizer_folder = Path(llama)
     return model
 
 
+class Parts:
+    """The tensors of a folder, to be taken out one by one; what is never taken is an error."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.found = {key: (path, tensor) for path, key, tensor in read_folder(folder) if not ROTARY.search(key)}
+
+    def take(self, key: str, shape: torch.Size | None = None) -> Tensor:
+        """Takes a tensor out. ValueError if it is not there or, where a shape is given, of another."""
+        if key not in self.found:
+            raise ValueError(f"{self.folder} has no tensor {key}")
+        path, tensor = self.found.pop(key)
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}, but the model's is {list(shape)}")
+        return tensor
+
+    def finish(self) -> None:
+        _refuse_unknown(self.folder, [f"{path.name}: {key}" for key, (path, _) in self.found.items()])
+
+
 def read_clip(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLIP's vision tower under our names; the text tower is passed over."""
-    found = {}
-    places = {}
-    for path, key, tensor in read_folder(folder):
-        if not key.startswith(CLIP_UNUSED):
-            found[key] = tensor
-            places[key] = path
-    wanted = {}
-    for name in expected:
-        if name.startswith("vit.") and ".qkv." not in name:
-            wanted[name] = "vision_model." + _rename(name.removeprefix("vit."), CLIP_NAMES)
+    parts = Parts(folder)
+    for key in list(parts.found):
+        if key.startswith(CLIP_UNUSED):
+            parts.take(key)
     state = {}
-    for name, key in wanted.items():
-        tensor = _take(found, key, folder)
-        if name == "vit.cls_token":
-            _check_shape(places[key], key, tensor, expected[name][0, 0])
-            tensor = tensor[None, None]
-        if name == "vit.position_embedding":
-            grid = math.isqrt(max(tensor.shape[0] - 1, 0)) if tensor.dim() > 0 else 0
-            if tensor.shape != (1 + grid**2, config.n_embd) or grid == 0:
-                raise ValueError(
-                    f"{places[key]}: {key} has shape {list(tensor.shape)}, not one row and a square of rows of {config.n_embd}"
-                )
-            tensor = tensor[None]
-            tensor = resize_positions(tensor, config.n_token)
-        _check_shape(places[key], key, tensor, expected[name])
-        state[name] = tensor.to(torch.float32, copy=True)
-    for i in range(config.n_layer):
-        for leaf in ("weight", "bias"):
-            name = f"vit.blocks.{i}.attn.qkv.{leaf}"
-            keys = [f"vision_model.encoder.layers.{i}.self_attn.{x}_proj.{leaf}" for x in "qkv"]
-            parts = [_take(found, key, folder) for key in keys]
-            for key, part in zip(keys, parts):
-                _check_shape(places[key], key, part, expected[name].chunk(3)[0])
-            heads = [part.reshape(config.n_head, 1, config.n_embd // config.n_head, *part.shape[1:]) for part in parts]
-            joined = torch.cat(heads, dim=1)  # [n_head, 3, head_dim, ...]: head by head, as vit.py reads it
-            state[name] = joined.reshape(expected[name].shape).to(torch.float32)
-    _refuse_unknown(folder, list(found))
+    for name, tensor in expected.items():
+        if not name.startswith("vit."):
+            continue
+        if ".qkv." in name:
+            # Three Linears become one, laid out head by head as vit.py reads it: [n_head, 3, head_dim, ...].
+            layer, leaf = name.split(".")[2], name.split(".")[-1]
+            prefix = f"vision_model.encoder.layers.{layer}.self_attn"
+            shape = tensor.chunk(3)[0].shape
+            q, k, v = (parts.take(f"{prefix}.{x}_proj.{leaf}", shape) for x in "qkv")
+            heads = [x.reshape(config.n_head, 1, -1, *x.shape[1:]) for x in (q, k, v)]
+            value = torch.cat(heads, dim=1).reshape(tensor.shape)
+        else:
+            key = "vision_model." + _rename(name.removeprefix("vit."), CLIP_NAMES)
+            if name == "vit.cls_token":
+                value = parts.take(key, tensor[0, 0].shape)[None, None]
+            elif name == "vit.position_embedding":
+                table = parts.take(key)
+                rows = table.shape[0] if table.dim() == 2 else 0
+                if rows < 2 or math.isqrt(rows - 1) ** 2 != rows - 1 or table.shape[1] != config.n_embd:
+                    raise ValueError(
+                        f"{folder}: {key} has shape {list(table.shape)}, not [1 + a square number, {config.n_embd}]"
+                    )
+                value = resize_positions(table[None], config.n_token)
+            else:
+                value = parts.take(key, tensor.shape)
+        state[name] = value.to(torch.float32, copy=True)
+    parts.finish()
     return state
 
 
-def read_llama(folder: Path, config: LlamaConfig, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_llama(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain LLaMA under our names; both halves of the modality-adaptive module get the one weight there is."""
-    found = {}
-    places = {}
-    for path, key, tensor in read_folder(folder):
-        if not ROTARY.search(key):
-            found[key] = tensor
-            places[key] = path
+    parts = Parts(folder)
     state = {}
-    used = set()
-    for name in expected:
+    for name, tensor in expected.items():
         if not name.startswith("llama."):
             continue
-        key = re.sub(r"\.multiway\.[01]", "", name.removeprefix("llama."))
+        text_name = name.replace(".multiway.1.", ".multiway.0.")
+        if text_name in state:
+            state[name] = state[text_name].clone()
+            continue
+        key = name.removeprefix("llama.").replace(".multiway.0.", ".")
         if not key.startswith("lm_head."):
             key = "model." + key
-        if key not in found:
-            raise ValueError(f"{folder} has no tensor {key}")
-        _check_shape(places[key], key, found[key], expected[name])
-        state[name] = found[key].to(torch.float32, copy=True)
-        used.add(key)
-    _refuse_unknown(folder, [key for key in found if key not in used])
+        state[name] = parts.take(key, tensor.shape).to(torch.float32, copy=True)
+    parts.finish()
     return state
-
-
-def _take(found: dict[str, Tensor], key: str, folder: Path) -> Tensor:
-    if key not in found:
-        raise ValueError(f"{folder} has no tensor {key}")
-    return found.pop(key)

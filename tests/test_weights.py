@@ -881,3 +881,18 @@ def test_starting_points_that_are_not_there(starting_points, tmp_path, which):
     places = {"clip": clip, "llama": llama} | {which: tmp_path / "nowhere"}
     with pytest.raises(FileNotFoundError, match="nowhere"):
         weights.start_from(config, **places)
+
+
+def test_what_a_lora_run_trained_beside_its_adapter_is_loaded(tmp_path):
+    """non_lora_trainables.bin, under PEFT's names: its values win, unknown names and shapes are refused."""
+    model = load_model(GOLDEN / "owl2")
+    fc = official_state(model)["model.visual_abstractor.visual_fc.weight"]
+    wanted = torch.randn_like(fc)
+    weights.load_non_lora(model, tmp_path)  # a folder without the file: nothing happens
+    torch.save({"base_model.model.model.visual_abstractor.visual_fc.weight": wanted}, tmp_path / "non_lora_trainables.bin")
+    weights.load_non_lora(model, tmp_path)
+    assert torch.equal(model.abstractor.fc.weight, wanted)
+    for key, tensor in (("base_model.model.nobody.weight", wanted), ("base_model.model.lm_head.weight", wanted)):
+        torch.save({key: tensor}, tmp_path / "non_lora_trainables.bin")
+        with pytest.raises(ValueError, match="non_lora_trainables.bin"):
+            weights.load_non_lora(model, tmp_path)
