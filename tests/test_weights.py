@@ -885,11 +885,12 @@ def test_starting_points_that_are_not_there(starting_points, tmp_path, which):
 
 def test_what_a_lora_run_trained_beside_its_adapter_is_loaded(tmp_path):
     """non_lora_trainables.bin, under PEFT's names: its values win, unknown names and shapes are refused."""
-    model = load_model(GOLDEN / "owl2")
-    fc = official_state(model)["model.visual_abstractor.visual_fc.weight"]
+    model = weights.load_model(TOKENIZER.parent.parent / "owl2")
+    fc = weights.official_state(model)["model.visual_abstractor.visual_fc.weight"]
     wanted = torch.randn_like(fc)
     weights.load_non_lora(model, tmp_path)  # a folder without the file: nothing happens
-    torch.save({"base_model.model.model.visual_abstractor.visual_fc.weight": wanted}, tmp_path / "non_lora_trainables.bin")
+    key = "base_model.model.model.visual_abstractor.visual_fc.weight"
+    torch.save({key: wanted}, tmp_path / "non_lora_trainables.bin")
     weights.load_non_lora(model, tmp_path)
     assert torch.equal(model.abstractor.fc.weight, wanted)
     for key, tensor in (("base_model.model.nobody.weight", wanted), ("base_model.model.lm_head.weight", wanted)):
