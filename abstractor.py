@@ -47,16 +47,16 @@ class AbstractorConfig:
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """Codes positions [M] as [M, dim] in float32: all sines, then all cosines (not interleaved)."""
+    """Position codes [M, dim] float32 of positions [M]: all sines, then all cosines (not interleaved). dim is even."""
     frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     angle = positions.double()[:, None] * frequency  # [M, dim / 2]
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 def sincos_2d(grid_size: int, dim: int) -> Tensor:
-    """Codes a class token and a grid of patches, row by row, as [1 + grid_size ** 2, dim].
+    """Position codes [1 + grid_size ** 2, dim] float32 of a class token and a grid of patches, row by row.
 
-    The first half of the width says which column, the second half which row; the class token gets zeros.
+    The first half of the width says which column, the second half which row; the class token gets zeros. dim is a multiple of 4.
     """
     index = torch.arange(grid_size**2, device="cpu")
     column = sincos_1d(index % grid_size, dim // 2)
@@ -84,6 +84,7 @@ class CrossAttention(nn.Module):
             self.register_buffer("k_pos", sincos_2d(config.grid_size, config.n_embd))
 
     def forward(self, queries: Tensor, image: Tensor) -> Tensor:
+        """queries: [N, Q, C], image: [N, 1 + P, C], both normalised. Returns [N, Q, C]."""
         N, Q, C = queries.shape
         kv = torch.cat([queries, image], dim=1)  # [N, Q + 1 + P, C]
         q_in, k_in = queries, kv
@@ -112,6 +113,7 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(config.n_mlp, eps=config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [N, Q, C]. Returns [N, Q, C]; n_mlp wide in between."""
         return self.w2(self.norm(F.silu(self.w1(x)) * self.w3(x)))
 
 
@@ -128,6 +130,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, queries: Tensor, image: Tensor) -> Tensor:
+        """queries: [N, Q, C], image: [N, 1 + P, C]. Returns the queries, wiser: [N, Q, C]."""
         q = self.norm_q(queries)
         y = q + self.attn(q, self.norm_k(image))
         return y + self.mlp(self.norm_mlp(y))

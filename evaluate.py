@@ -2,12 +2,12 @@
 
     python evaluate.py --data data/easy_vqa/test.json                       the embedded tiny-owl2
     python evaluate.py --data data/easy_vqa/test.json --images blank        ... who is shown nothing
-    python evaluate.py --data data/easy_vqa/test.json --images shuffled     ... who is shown another question's image
+    python evaluate.py --data data/easy_vqa/test.json --images shuffled     ... with the images shuffled among the questions
     python evaluate.py --data mine.json --weights mplug-owl2-llama2-7b --max-new-tokens 10
 
 The file is what training reads as well (data/conversations.py): of each row the first question is asked, and the
-answer counts if it is the row's first answer, but for capitals, spaces and a full stop. The last two of the four
-runs above are the control: a model that looks loses what only looking could have told it.
+answer counts if it is the row's first answer, but for capitals, spaces and a full stop. The two runs with --images
+are the control: a model that looks must lose what only looking tells. (All images are held in memory at once.)
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.conversations import read_rows
-from data.image import FITS, load_image, to_pixels
+from data.image import DEFAULT_FIT, FITS, load_image, to_pixels
 from data.text import IMAGE_MARK, Tokenizer, conversation_turns, expand_images, render_prompt
 from model import Owl
 from train import fail, start_process
@@ -129,7 +129,8 @@ def main() -> None:
         device = start_process(args.device).device
         model = load_model(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         tokenizer = Tokenizer(args.weights)
-        fit = args.fit or ("stretch" if model.config.style == "owl1" else "square")
+        model.config.llama.eos_id = tokenizer.eos_id
+        fit = args.fit or DEFAULT_FIT[model.config.style]
         root = Path(args.image_root) if args.image_root else Path(args.data).parent
         pixels = read_images(cases, root, model.config.image_size, fit)
         for case in cases:

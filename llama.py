@@ -84,6 +84,7 @@ class AdaptiveRMSNorm(nn.Module):
         self.multiway = nn.ModuleList(RMSNorm(n_embd, eps) for _ in range(2))
 
     def forward(self, x: Tensor, split: Split | None) -> Tensor:
+        """x: [B, T, C]. Returns [B, T, C]."""
         text, image = self.multiway
         if split is None:
             return text(x)
@@ -99,6 +100,7 @@ class AdaptiveLinear(nn.Module):
         self.multiway = nn.ModuleList(nn.Linear(n_in, n_out, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, split: Split | None) -> Tensor:
+        """x: [B, T, n_in]. Returns [B, T, n_out]."""
         text, image = self.multiway
         if split is None:
             return text(x)
@@ -112,17 +114,29 @@ class AdaptiveLinear(nn.Module):
 class Cache:
     """The keys and values of all tokens read so far, so that the next token is all that need be computed.
 
-    `layers[i]` holds a key and a value buffer, [B, n_kv_head, size, head_dim] each. Rows of a batch may
-    be of different lengths: `lengths [B]` says where each row's next token goes. What lies beyond a row's
-    length is left over from padding; it is masked, and overwritten as the row grows.
+    `layers[i]` is [2, B, n_kv_head, size, head_dim]: keys and values of layer i. Rows of a batch may be of
+    different lengths: `lengths [B]` says where each row's next token goes. What lies beyond a row's length is
+    left over from padding; it is masked, and overwritten as the row grows.
     """
 
     def __init__(self, config: LlamaConfig, B: int, size: int, device: torch.device, dtype: torch.dtype):
+        self.size = size
         shape = (2, B, config.n_kv_head, size, config.head_dim)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         self.longest = 0  # the longest row's length, known without asking the device
-        self.ragged = False  # whether the rows' lengths differ
+        self.ragged = False  # whether the lengths of rows still growing differ
+
+    def start(self, lengths: Tensor) -> None:
+        """Says how long each row is, [B] int64, once the (padded) prompts have been read."""
+        self.lengths = lengths
+        self.longest = int(lengths.max())
+        self.ragged = int(lengths.min()) != self.longest
+
+    def advance(self, ended: Tensor) -> None:
+        """Moves on by the token just read. Rows that have ended, [B] bool, stay: the next overwrites it."""
+        self.lengths = torch.where(ended, self.lengths, self.lengths + 1)
+        self.longest = min(self.longest + 1, self.size - 1)
 
 
 class View(NamedTuple):
@@ -159,6 +173,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, view: View, split: Split | None, stored: Tensor | None) -> Tensor:
+        """x: [B, T, C]. stored: this layer's part of the cache, if there is one. Returns [B, T, C]."""
         B, T, C = x.shape
         q = self.q_proj(x)
         if self.config.adaptive:
@@ -174,6 +189,7 @@ class Attention(nn.Module):
         k = rotate(k, view.cos, view.sin)
         if stored is not None:
             rows = torch.arange(B, device=x.device)[:, None]
+            # Two index arrays around a slice: what is written is [B, T, n_kv_head, head_dim].
             stored[0][rows, :, view.positions] = k.transpose(1, 2)
             stored[1][rows, :, view.positions] = v.transpose(1, 2)
             if not view.causal:  # else nothing came before, and k and v are all there is to see
@@ -195,6 +211,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, C]. Returns [B, T, C]; n_mlp wide in between."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -211,6 +228,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, view: View, split: Split | None, stored: Tensor | None) -> Tensor:
+        """x: [B, T, C]. Returns [B, T, C]."""
         x = x + self.self_attn(self._norm(self.input_layernorm, x, split), view, split, stored)
         x = x + self.mlp(self._norm(self.post_attention_layernorm, x, split))
         return x
@@ -233,8 +251,9 @@ class Llama(nn.Module):
     def forward(self, x: Tensor, split: Split | None = None, cache: Cache | None = None) -> Tensor:
         """Runs the decoder over embedded tokens.
 
-        x: [B, T, n_embd]. With a cache the tokens continue each of its rows and are stored in it; it is
-        for the caller to move `cache.lengths` on. Returns [B, T, n_embd], normalised for lm_head.
+        x: [B, T, n_embd]. split: which of them are image words (None: none). With a cache the tokens continue
+        each of its rows and are stored in it; the caller then says so with cache.start or cache.advance.
+        Returns [B, T, n_embd], normalised for lm_head.
         """
         view = self._view(x, cache)
         for i, layer in enumerate(self.layers):

@@ -14,13 +14,11 @@ adapter_model.safetensors with the keys base_model.model.NAME.lora_A.weight.
 """
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,7 +29,7 @@ class LoRALinear(nn.Linear):
     """A frozen Linear and its correction."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not nn.Linear's, which would make another weight
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight = linear.weight
@@ -41,7 +39,7 @@ class LoRALinear(nn.Linear):
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
-        self.unmerged_weight: Tensor | None = None
+        self.register_buffer("unmerged_weight", None, persistent=False)
         place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, **place)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, **place)
@@ -80,7 +78,8 @@ def wrap(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dr
     """
     if any(adapted(model)):
         raise ValueError("the model has an adapter already; load the model anew for another one")
-    model.requires_grad_(False)
+    if rank < 1:
+        raise ValueError(f"an adapter's rank is 1 or more, not {rank}")
     chosen = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
@@ -88,6 +87,7 @@ def wrap(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dr
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in chosen):
             raise ValueError(f"no Linear of the model is called {target}")
+    model.requires_grad_(False)
     for name, linear in chosen.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout))
@@ -95,7 +95,7 @@ def wrap(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dr
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Adds each correction into its weight."""
+    """Adds each correction into its weight: computed in float32, rounded once to the weight's dtype."""
     for _, module in adapted(model):
         if not module.merged:
             module.unmerged_weight = module.weight.data
@@ -213,7 +213,7 @@ def _read_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin")
         return path, torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # torch.load fails in many ways on files that are cut or something else
         reason = str(error).strip().split("\n")[0][:200]

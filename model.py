@@ -13,7 +13,8 @@
 Owl1 (arXiv 2304.14178) and Owl2 (arXiv 2311.04257) are the same drawing. Owl2 adds
 position codes to the abstractor, sees 448 pixels instead of 224, and gives image
 words their own norms and K/V projections in the language model (the
-modality-adaptive module). Each of these is a number in the configuration.
+modality-adaptive module), and words its prompts differently. Each difference is a
+setting in OwlConfig; there is one path through the code.
 """
 
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def owl1(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> Ow
 
 
 def owl2(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> OwlConfig:
-    """Fills in what makes an Owl2 of the three parts."""
+    """Sets what an Owl2 needs in the three parts, and joins them."""
     abstractor.grid_size = vit.grid_size
     abstractor.dropout = 0.0
     llama.adaptive = True
@@ -145,7 +146,7 @@ class Owl(nn.Module):
         labels: [B, T] int64, aligned with ids (the shift by one happens here), IGNORE where not supervised.
         Returns (logits [B, T, vocab_size], None) without labels and (None, loss []) with them: the mean
         over the supervised tokens, 0 where there is none.
-        Raises ValueError if the number of images does not match the places for them.
+        Raises ValueError if the images are of another size or number than ids has places for.
         """
         x, split = self._embed(ids, images)
         x = self.llama(x, split)  # [B, T, n_embd]
@@ -159,22 +160,24 @@ class Owl(nn.Module):
         return None, total / max(len(logits), 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """images: [N, 3, image_size, image_size]. Returns image words [N, n_query + 1, n_embd]."""
+        """Images as words: [N, 3, image_size, image_size] to [N, n_query + 1, n_embd]; ValueError for other sizes."""
         return self.abstractor(self.vit(images))
 
     def _embed(self, ids: Tensor, images: Tensor | None) -> tuple[Tensor, Split | None]:
         """Embeds the text, writes the image words over their places: [B, T, n_embd], and which is which."""
         n_image = self._check_images(ids, images)
-        x = self.llama.embed_tokens(ids.clamp(min=0))
+        is_image = ids == IMAGE_ID
+        x = self.llama.embed_tokens(ids.masked_fill(is_image, 0))
         if n_image == 0:
             return x, None
-        is_image = ids == IMAGE_ID
         words = self.encode_images(images)
         x = x.masked_scatter(is_image[..., None], words.to(x.dtype))
         return x, Split.of(is_image, n_image * self.config.image_words)
 
     def _check_images(self, ids: Tensor, images: Tensor | None) -> int:
-        """Returns the number of images; raises ValueError unless ids has exactly their places."""
+        """Returns the number of images; ValueError unless they are of the model's size and ids has their places."""
+        if images is not None:
+            self.vit.check_size(images)
         n_image = 0 if images is None else images.shape[0]
         places = int((ids == IMAGE_ID).sum())
         words = self.config.image_words
@@ -201,7 +204,7 @@ class Owl(nn.Module):
         ids: [B, T] int64 as in forward; lengths [B]: rows shorter than T are padded on the right.
         temperature 0 takes the likeliest token; above 0 one is drawn, among the top_k likeliest, or the
         fewest that together have probability top_p. With a seed, each row draws the same numbers as it
-        would alone, whatever its neighbours.
+        would alone, whatever its neighbours; so two rows with the same prompt get the same answer.
         A row ends with </s>, which is yielded, and yielded again while other rows go on; the iterator ends
         when all rows have, or after max_new_tokens. stop=False does not stop at </s>. Rows also end where
         the context does.
@@ -237,6 +240,7 @@ class Owl(nn.Module):
         sampling: tuple[float, int | None, float | None, int | None],
         stop: bool,
     ) -> Iterator[Tensor]:
+        """What generate promises, once its arguments are found good. sampling: temperature, top_k, top_p, seed."""
         B, T = ids.shape
         config = self.config.llama
         temperature, top_k, top_p, seed = sampling
@@ -249,9 +253,7 @@ class Owl(nn.Module):
         cache = Cache(config, B, size, x.device, x.dtype)
         x = self.llama(x, split, cache)
         x = x[torch.arange(B, device=x.device), lengths - 1]  # [B, n_embd]
-        cache.lengths = lengths
-        cache.longest = int(lengths.max())
-        cache.ragged = int(lengths.min()) != cache.longest
+        cache.start(lengths)
 
         for step in range(max_new_tokens):
             logits = self.llama.lm_head(x).float()  # [B, vocab_size]
@@ -260,7 +262,7 @@ class Owl(nn.Module):
             else:
                 # One number for all rows where there is a seed: then a row draws what it would draw alone.
                 luck = torch.rand(B if seed is None else 1, generator=generator)
-                token = draw(logits / temperature, top_k, top_p, luck.to(logits.device))
+                token = draw(logits, temperature, top_k, top_p, luck.to(logits.device))
             token = torch.where(ended, config.eos_id, token)
             yield token
             # A row ends with </s>, or when the token just drawn finds no place left to stand in the context.
@@ -269,18 +271,17 @@ class Owl(nn.Module):
                 ended = ended | (token == config.eos_id)
             if bool(ended.all()) or step == max_new_tokens - 1:
                 return
-            # Ended rows stay where they are; what they compute from here on is not used. Those that go on are all
-            # as long as each other unless they were ragged from the start.
+            # What rows that have ended compute from here on is not used.
             x = self.llama(self.llama.embed_tokens(token)[:, None], None, cache)[:, 0]
-            cache.lengths = torch.where(ended, cache.lengths, cache.lengths + 1)
-            cache.longest = min(cache.longest + 1, config.context)
+            cache.advance(ended)
 
 
-def draw(logits: Tensor, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
     """Draws a token a row: the one at which the running sum of probabilities passes `luck`.
 
     logits: [B, V] float32. luck: [B] or [1], uniform in 0..1. Returns [B] int64.
     """
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0: none overflows
     p, token = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         p[:, top_k:] = 0

@@ -48,7 +48,6 @@ TINY_NOTICE = (
     "(the README has the line) and give its folder to --weights."
 )
 COMMANDS = "/image PATH shows an image with the next question; /reset starts afresh; /help; /quit"
-DEFAULT_FIT = {"owl1": "stretch", "owl2": "square"}  # how the released chat of each style fits an image into its square
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="P",
         help="draw among the fewest tokens that together have probability P",
     )
-    sampling.add_argument("--seed", type=int, help="draw the same answer each time")
+    sampling.add_argument("--seed", type=int, help="makes drawn answers repeatable")
     sampling.add_argument(
         "--max-new-tokens",
         type=int,
@@ -395,6 +394,7 @@ def obey(conversation: Conversation, line: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    from data.image import DEFAULT_FIT
     from data.text import Tokenizer
     from weights import read_config
 
@@ -416,6 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device, config)
         model = load(folder, args.adapter, device, dtype)
+        model.config.llama.eos_id = tokenizer.eos_id
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -11,8 +11,8 @@ numbers, and calls `train`. One step:
     clip, step, next learning rate
 
 So the loss is the mean over the step's supervised tokens however the batch is cut up. Everything drawn by
-chance (order, crops, dropout) is a function of the seed and the step: a run that is killed and resumed goes on
-as if nothing had happened.
+chance is a function of the seed and the step (and, for dropout, of how the batch is cut up): a run that is killed
+and resumed goes on as if nothing had happened.
 
 A run's folder: metrics.jsonl (a line a logged step), checkpoint.pt (what it takes to resume), and at the end the
 model in the official layout.
@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 from data.check import check
 from data.conversations import Batch, Conversations, Order, Skipped, collate, loader
-from data.image import FITS
+from data.image import DEFAULT_FIT, FITS
 from data.text import Tokenizer
 from model import PRESETS, Owl
 from weights import WEIGHT_FILES, load_model, read_config, resize_images
@@ -62,7 +63,7 @@ class Recipe:
     max_length: int
     image_size: int  # 0: the model's own
     vit_lr_decay: float = 1.0  # the learning rate's factor from one ViT layer to the one below
-    crop_scale: float | None = None  # random crops of at least this share of the image, and flips; None: neither
+    crop_scale: float = 0.0  # random crops of at least this share of the image, and flips; 0: neither
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--data", metavar="FILE", required=True, help="conversations to train on (.json or .jsonl)")
     g.add_argument("--val", metavar="FILE", help="conversations to measure the loss on")
     g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
-    g.add_argument("--fit", choices=FITS, help="how images become squares (default: owl1 stretch, owl2 pad)")
+    g.add_argument("--fit", choices=FITS, help="how images become squares (default: owl1 stretch, owl2 square; crops are stretched)")
     g.add_argument("--check", action="store_true", help="go over the data, show a few samples, and stop")
     g = p.add_argument_group("run")
     g.add_argument("--out", metavar="FOLDER", help="the run's folder (required but with --check)")
@@ -104,7 +105,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--max-length", type=int, help="longest sample, in positions; turns beyond are left out")
     g.add_argument("--image-size", type=int, help="pixels; position embeddings are interpolated; 0: the model's own")
     g.add_argument("--vit-lr-decay", type=float, help="learning rate factor from one ViT layer to the one below")
-    g.add_argument("--crop-scale", type=float, help="random crops of at least this share of the image, and flips")
+    g.add_argument("--crop-scale", type=float, help="random crops of at least this share, and flips; 0: neither")
     return p
 
 
@@ -118,25 +119,30 @@ def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
     recipe = Recipe(**numbers)
     for name in ("micro", "workers", "log_every", "val_every", "save_every"):
         numbers[name] = getattr(args, name)
-    may_be_zero = ("warmup", "min_lr", "weight_decay", "image_size", "workers")
+    may_be_zero = ("warmup", "min_lr", "weight_decay", "image_size", "crop_scale", "workers")
     for name, number in numbers.items():
-        if name in ("betas", "crop_scale"):
+        if name == "betas":
             continue
         if not (number > 0 or number == 0 and name in may_be_zero) or not math.isfinite(number):
             least = "0 or more" if name in may_be_zero else "above 0"
             raise ValueError(f"--{name.replace('_', '-')} must be {least}, not {number}")
-    if recipe.crop_scale is not None and not 0 < recipe.crop_scale <= 1:
-        raise ValueError(f"--crop-scale is a share above 0 and at most 1, not {recipe.crop_scale}")
+    if recipe.crop_scale > 1:
+        raise ValueError(f"--crop-scale is a share of the image, at most 1, not {recipe.crop_scale}")
     return recipe
 
 
-def start_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Owl, Tokenizer, Recipe]:
-    """The model and tokenizer of --weights, and the numbers of its owl's paper under those given as flags."""
+def start_model(
+    args: argparse.Namespace, papers: dict[str, Recipe], place: Place
+) -> tuple[Owl, Tokenizer, Recipe]:
+    """The model and tokenizer of --weights, and the numbers of its owl's paper under those given as flags.
+
+    Raises ValueError or OSError as load_model and Tokenizer do.
+    """
     tokenizer = Tokenizer(args.tokenizer or args.weights)
     style = read_config(args.weights).style
     recipe = recipe_of(args, papers[style])
     torch.manual_seed(args.seed)
-    model = load_model(args.weights)
+    model = load_model(args.weights, place.device)
     model.tokenizer_folder = tokenizer.path.parent
     if recipe.image_size:
         resize_images(model, recipe.image_size)
@@ -165,29 +171,31 @@ class Place:
         return self.rank == 0
 
 
-def start_process(device: str | None) -> Place:
+def start_process(device_name: str | None) -> Place:
     """Joins the other processes, if torchrun started several. ValueError if the device is not there."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no usable CUDA device")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        place = torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is not a device that torch knows") from None
     try:
-        torch.zeros(1, device=place).item()
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}") from None
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return Place(rank, world, place)
+        # The others wait while the first process writes a checkpoint: of a 7B, that takes a while.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return Place(rank, world, device)
 
 
 def total(place: Place, *numbers: float) -> list[float]:
@@ -213,7 +221,8 @@ def report(model: Owl) -> str:
 
 
 def vit_depth(name: str, n_layer: int) -> int:
-    """How many layers of the ViT lie above a parameter, its own counted; 0 outside the ViT and for its last norm."""
+    """The power of vit_lr_decay for a parameter: 1 in the ViT's top block, n_layer in its lowest, n_layer + 1 for
+    its embeddings; 0 outside the ViT and for its last norm."""
     if name.startswith("vit.blocks."):
         return n_layer - int(name.split(".")[2])
     if name.startswith("vit.") and not name.startswith("vit.post_norm"):
@@ -222,7 +231,7 @@ def vit_depth(name: str, n_layer: int) -> int:
 
 
 def make_optimizer(model: Owl, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over what is trained: no decay for vectors (norms, biases), lower rates deeper in the ViT."""
+    """AdamW over what is trained: no weight decay for norms and biases, lower rates deeper in the ViT."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -273,19 +282,20 @@ def load_checkpoint(path: Path, model: Owl, optimizer: torch.optim.Optimizer, ru
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = json.loads(state["settings"])
+        weights, moments, step = state["model"], state["optimizer"], state["step"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
     different = [f"{key}: {saved.get(key)} then, {run[key]} now" for key in run if saved.get(key) != run[key]]
     if different:
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(different)})")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if trained.keys() != state["model"].keys():
+    if trained.keys() != weights.keys():
         raise ValueError(f"{path} is of a run that trained other parameters")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(state["model"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+            parameter.copy_(weights[name])
+    optimizer.load_state_dict(moments)
+    return step
 
 
 class Metrics:
@@ -410,12 +420,13 @@ class Run:
 def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, tokenizer: Tokenizer) -> Run:
     """Opens the data and, to resume, the checkpoint. With --check, goes over the data and exits.
 
-    Raises ValueError or FileNotFoundError, in one sentence, for settings or files that cannot be used.
+    Raises ValueError or OSError, in one sentence, for settings or files that cannot be used.
     """
+    model.config.llama.eos_id = tokenizer.eos_id
     style = model.config.style
     words = model.config.image_words
     size = model.config.image_size
-    fit = args.fit or ("stretch" if style == "owl1" else "pad")
+    fit = args.fit or DEFAULT_FIT[style]
     length = min(recipe.max_length, model.config.llama.context)
     if tokenizer.vocab_size > model.config.llama.vocab_size:
         raise ValueError(
@@ -450,6 +461,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, 
         if not args.resume:
             raise ValueError(f"{run.out} already holds a run: continue it with --resume, or choose another --out")
         run.start = load_checkpoint(run.checkpoint, model, optimizer, settings(args, recipe))
+    out.mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -486,7 +498,6 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
         print(report(model), file=sys.stderr)
         if recipe.warmup >= recipe.steps:
             print(f"warning: {recipe.steps} steps end before the warm-up of {recipe.warmup} does", file=sys.stderr)
-    run.out.mkdir(parents=True, exist_ok=True)
     loss_of = Loss(model)
     if place.world > 1:
         # A rank whose samples are all text uses no vision parameter: DDP has to look which were used.
@@ -500,7 +511,12 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
     skips = Skips()
     val_skips = Skips()
     stopping = []
-    handlers = {s: signal.signal(s, lambda *_: stopping.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop_soon(number: int, frame: object) -> None:
+        stopping.append(number)
+        signal.signal(number, handlers[number])  # asked twice, a process stops at once
+
+    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=recipe.steps, initial=run.start, desc="training", unit="step", disable=not place.is_first)
     log_tokens = 0  # since the last logged step
     log_time = time.perf_counter()
@@ -513,9 +529,10 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
             group["lr"] = rate * group["lr_scale"]
         torch.manual_seed(((args.seed << 32) + step * place.world + place.rank) % 2**63)  # dropout's
         micros = [next(batches) for _ in range(run.accumulate)]
-        n_supervised, n_token, stop = total(
+        n_supervised, n_token, n_stopping = total(
             place, sum(b.n_supervised for b in micros), sum(b.n_token for b in micros), len(stopping)
         )
+        stop = n_stopping > 0
         for batch in micros:
             skips.add(batch)
         loss, norm = take_step(run, loss_of, trained, micros, n_supervised)
@@ -542,11 +559,11 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
             break
 
     bar.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for rows, found in (("rows", skips), ("validation rows", val_skips)):
         if found.count:
-            print(f"rank {place.rank} skipped {rows}: {found.summary()}", file=sys.stderr)
+            print(f"rank {place.rank} skipped {rows}, each time they came up: {found.summary()}", file=sys.stderr)
     if done < recipe.steps:
         if place.is_first:
             print(f"stopped after step {done}: continue with --resume", file=sys.stderr)

@@ -56,7 +56,7 @@ def main() -> None:
             if isinstance(module, (AdaptiveLinear, AdaptiveRMSNorm)):
                 module.multiway[1].requires_grad_(False)
         run = prepare(args, recipe, place, model, tokenizer)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(error)
     train(run, finish)
 

@@ -23,6 +23,7 @@ from model import PRESETS, Owl
 from train import Recipe, fail, parser, prepare, recipe_of, start_model, start_process, train
 from weights import save_model, start_from
 
+# The papers' numbers (Owl1 section 3.2, Owl2 section 3.3 and its appendix).
 OWL1 = Recipe(
     steps=50_000,
     warmup=2_000,
@@ -71,7 +72,7 @@ def main() -> None:
     try:
         place = start_process(args.device)
         if args.weights:
-            model, tokenizer, recipe = start_model(args, RECIPES)
+            model, tokenizer, recipe = start_model(args, RECIPES, place)
         elif args.preset and args.clip and args.llama:
             config = PRESETS[args.preset]()
             recipe = recipe_of(args, RECIPES[config.style])
@@ -83,7 +84,7 @@ def main() -> None:
             raise ValueError("start from --weights FOLDER, or from --preset NAME with --clip FOLDER and --llama FOLDER")
         choose_trained(model)
         run = prepare(args, recipe, place, model, tokenizer)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(error)
     train(run, save_model)
 

@@ -9,7 +9,7 @@ language model's q_proj and v_proj. Owl2 trains everything, the vision tower's l
 Fine-tune the released Owl2 as its own scripts do, by LoRA on every Linear of the decoder, the ViT frozen:
 
     torchrun --nproc_per_node=8 train_stage2.py --weights mplug-owl2-llama2-7b --data my.json --out runs/mine \\
-        --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0
+        --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0 --fit pad
 
 Look at the data first with --check; continue a run that stopped with --resume. With LoRA, OUT/adapter holds the
 adapter alone in PEFT's files, and OUT the model with the adapter merged.
@@ -21,8 +21,10 @@ from pathlib import Path
 import lora
 from model import Owl
 from train import Recipe, fail, parser, prepare, start_model, start_process, train
-from weights import official_name, save_model
+from weights import official_name, save_model, save_non_lora
 
+# The papers' numbers. Owl1's batch is 128 texts and 128 conversations about images: mix the data file so. The
+# released scripts differ: Owl1's run 3 epochs with a linear decay to 0, Owl2's freeze the ViT and use LoRA.
 OWL1 = Recipe(
     steps=2_000,
     warmup=50,
@@ -68,11 +70,12 @@ LORA_TARGETS = {
 }
 
 
-def choose_trained(model: Owl, rank: int, alpha: float, dropout: float) -> None:
-    """With a rank, adapters on the language model and nothing else; without one, everything."""
+def choose_trained(model: Owl, rank: int, alpha: float, dropout: float, train_abstractor: bool) -> None:
+    """Without a rank, everything; with one, adapters on the language model and, if asked for, the abstractor."""
     model.requires_grad_(rank == 0)
     if rank > 0:
         lora.wrap(model.llama, LORA_TARGETS[model.config.style], rank, alpha, dropout)
+        model.abstractor.requires_grad_(train_abstractor)
 
 
 def main() -> None:
@@ -87,19 +90,18 @@ def main() -> None:
         if not args.weights:
             raise ValueError("stage 2 starts from a model folder: --weights FOLDER")
         place = start_process(args.device)
-        model, tokenizer, recipe = start_model(args, RECIPES)
+        model, tokenizer, recipe = start_model(args, RECIPES, place)
         rank = LORA_RANK[model.config.style] if args.lora_rank is None else args.lora_rank
         if rank < 0 or not 0 <= args.lora_dropout < 1 or not 0 < args.lora_alpha < math.inf:
             raise ValueError("--lora-rank is 0 or more, --lora-alpha above 0, --lora-dropout from 0 to below 1")
-        choose_trained(model, rank, args.lora_alpha, args.lora_dropout)
-        if args.train_abstractor:
-            model.abstractor.requires_grad_(True)
+        choose_trained(model, rank, args.lora_alpha, args.lora_dropout, args.train_abstractor)
         run = prepare(args, recipe, place, model, tokenizer)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(error)
 
     def finish(model: Owl, out: Path) -> None:
         if rank > 0:
+            save_non_lora(model, out / "adapter")
             lora.save(model, out / "adapter", lambda name: official_name(name, model.config.style), args.weights)
             lora.merge(model)
         save_model(model, out)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 @dataclass
 class ViTConfig:
-    """The shape of the vision tower; the defaults are ViT-L/14 as Owl1 uses it."""
+    """The shape of the vision tower; the defaults are ViT-L/14 at 224 pixels, as in Owl1."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [N, T, C]. Returns [N, T, C]."""
         N, T, C = x.shape
         # The released weights lay the fused output out head by head: q, k, v of head 0, then of head 1, ...
         qkv = self.qkv(x).view(N, T, self.n_head, 3, C // self.n_head)
@@ -74,7 +75,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.n_mlp, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        """x: [N, T, C]. Returns [N, T, C]."""
+        x = self.fc1(x)  # [N, T, n_mlp]
         x = x * torch.sigmoid(1.702 * x)
         return self.fc2(x)
 
@@ -90,6 +92,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [N, T, C]. Returns [N, T, C]."""
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x
@@ -113,13 +116,11 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Encodes images.
 
-        images: [N, 3, image_size, image_size], normalised as CLIP wants them.
-        Returns [N, 1 + P, n_embd].
+        images: [N, 3, image_size, image_size], normalised as CLIP wants them, of any float dtype.
+        Returns [N, 1 + P, n_embd] in the weights' dtype.
         Raises ValueError for any other size: the position table would not fit.
         """
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"this model takes images of shape [N, 3, {size}, {size}], not {list(images.shape)}")
+        self.check_size(images)
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [N, C, H/patch, W/patch]
         x = x.flatten(2).transpose(1, 2)  # [N, P, C]
         cls = self.cls_token.expand(x.shape[0], -1, -1)
@@ -128,6 +129,12 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.post_norm(x)
+
+
+    def check_size(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"this model takes images of shape [N, 3, {size}, {size}], not {list(images.shape)}")
 
 
 def resize_positions(table: Tensor, n_token: int) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from abstractor import Abstractor, AbstractorConfig, sincos_1d, sincos_2d
+from data.image import CLIP_MEAN, CLIP_STD
 from llama import LlamaConfig
 from lora import LoRALinear
 from model import Owl, OwlConfig, init_weights
@@ -115,7 +116,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+COPIED_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -210,6 +211,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         # Only files of torch's zip format can be mapped; older ones are read whole.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # torch.load fails in many ways on files that are cut or something else
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"{path} cannot be read, it seems truncated or corrupt ({reason})") from None
@@ -223,13 +226,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_folder(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     """Yields (file, key, memory-mapped tensor) for all weights of a folder, a file at a time, with a progress bar."""
     shards = weight_map(folder)
-    for path, keys in tqdm(shards.items(), desc=f"loading {folder.name}", unit="file", disable=None, leave=False):
-        tensors = read_tensors(path)
-        for key in keys or ():
-            if key not in tensors:
-                raise ValueError(f"{path} has no tensor {key}, though the index places it there")
-        for key in list(tensors):
-            yield path, key, tensors.pop(key)
+    size = sum(path.stat().st_size for path in shards)
+    bar = tqdm(total=size, desc=f"loading {folder.name}", unit="B", unit_scale=True, disable=None, leave=False)
+    seen = set()
+    with bar:
+        for path, keys in shards.items():
+            tensors = read_tensors(path)
+            for key in keys or ():
+                if key not in tensors:
+                    raise ValueError(f"{path} has no tensor {key}, though the index places it there")
+            for key in list(tensors):
+                if key in seen:
+                    raise ValueError(f"{path} has the tensor {key}, and so has another shard")
+                seen.add(key)
+                tensor = tensors.pop(key)
+                yield path, key, tensor
+                bar.update(tensor.nbytes)
 
 
 # --- config.json -----------------------------------------------------------------------------------
@@ -262,14 +274,16 @@ def read_config(folder: Path) -> OwlConfig:
 def parse_config(content: dict, style: str) -> OwlConfig:
     """Turns the content of a config.json into a configuration. What it does not say is as in the 7B models."""
     if style == "owl1":
-        vit, abstractor, llama = (
-            content.get(key, {}) for key in ("vision_config", "visual_abstractor_config", "text_config")
-        )
+        vit = _section(content, "vision_config")
+        abstractor = _section(content, "visual_abstractor_config")
+        llama = _section(content, "text_config")
         n_query = _number(content, "num_query_tokens", 64)
         image_size = _number(vit, "image_size", 224)
     else:
-        visual = content.get("visual_config", {})
-        vit, abstractor, llama = visual.get("visual_model", {}), visual.get("visual_abstractor", {}), content
+        visual = _section(content, "visual_config")
+        vit = _section(visual, "visual_model")
+        abstractor = _section(visual, "visual_abstractor")
+        llama = content
         n_query = _number(abstractor, "num_learnable_queries", 64)
         image_size = _number(vit, "image_size", 448)
     _expect(vit, "hidden_act", "quick_gelu")
@@ -312,8 +326,8 @@ def parse_config(content: dict, style: str) -> OwlConfig:
             norm_eps=_number(llama, "rms_norm_eps", 1e-6),
             rope_theta=_number(llama, "rope_theta", 10000.0),
             adaptive=style == "owl2",
-            bos_id=int(llama.get("bos_token_id", 1)),
-            eos_id=int(llama.get("eos_token_id", 2)),
+            bos_id=_number(llama, "bos_token_id", 1, least=0),
+            eos_id=_number(llama, "eos_token_id", 2, least=0),
         ),
     )
     if style == "owl2":
@@ -336,13 +350,23 @@ def parse_config(content: dict, style: str) -> OwlConfig:
     return config
 
 
-def _number(section: dict, key: str, default: float) -> float:
-    """A positive number from a config section; whole where the default is."""
+def _section(content: dict, key: str) -> dict:
+    """A section of a config; one that is not there is empty."""
+    section = content.get(key, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{key} should be an object, not {section!r}")
+    return section
+
+
+def _number(section: dict, key: str, default: float, least: float | None = None) -> float:
+    """A number from a config section, positive unless `least` says otherwise; whole where the default is."""
     value = section.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not 0 < value < 2**31:
+    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not 0 <= value < 2**31:
         raise ValueError(f"{key} should be a positive number, not {value!r}")
+    if value == 0 and least != 0:
+        raise ValueError(f"{key} should be a positive number, not 0")
     return value
 
 
@@ -421,6 +445,21 @@ def official_config(model: Owl) -> dict:
     }
 
 
+def official_preprocessor(model: Owl) -> dict:
+    """The preprocessor_config.json that the released code wants: CLIP's, at the model's image size."""
+    return {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": True,
+        "size": model.config.image_size,
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": model.config.image_size,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN.flatten().tolist(),
+        "image_std": CLIP_STD.flatten().tolist(),
+    }
+
+
 # --- load and save ---------------------------------------------------------------------------------
 
 
@@ -479,6 +518,19 @@ def load_non_lora(model: Owl, folder: str | Path) -> None:
             raise ValueError(f"{path} has a tensor {key}, which the model does not")
         _check_shape(path, key, tensor, state[name])
         state[name].data.copy_(tensor)
+
+
+def save_non_lora(model: Owl, folder: str | Path) -> None:
+    """Writes what was trained beside an adapter as load_non_lora reads it; nothing, if nothing was."""
+    trained = {}
+    for name, tensor in official_state(model).items():
+        if tensor.requires_grad:
+            trained[f"base_model.model.{name}"] = tensor.detach()
+    if trained:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / "non_lora_trainables.bin"
+        torch.save(trained, path.with_name(path.name + ".part"))
+        path.with_name(path.name + ".part").replace(path)
 
 
 def position_codes(config: AbstractorConfig, name: str) -> Tensor:
@@ -548,10 +600,11 @@ def save_model(model: Owl, folder: str | Path) -> None:
         total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
     source = model.tokenizer_folder
     if source is not None and source.resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
+        for name in COPIED_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / f"{name}.part")
                 (folder / f"{name}.part").replace(folder / name)
+    write_json(folder / "preprocessor_config.json", official_preprocessor(model))
     write_json(folder / "config.json", official_config(model))
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
@@ -587,7 +640,9 @@ def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Owl:
 
     clip: a folder like openai/clip-vit-large-patch14. llama: a folder like huggyllama/llama-7b (Owl1) or
     meta-llama/Llama-2-7b-hf (Owl2). The image halves of the modality-adaptive module start as copies of
-    the text halves. CLIP's position embeddings are interpolated to the configured image size.
+    the text halves. CLIP's position embeddings are interpolated to the configured image size. Only tensors are
+    read: epsilons, rope_theta and context are the configuration's (1e-6 as in the released Owl2, where Llama 2's
+    own config says 1e-5).
     Raises as load_model does.
     """
     with torch.device("meta"):

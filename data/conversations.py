@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.image import augment, load_image, to_pixels
-from data.text import Tokenizer, conversation_turns, expand_images, render_conversation
+from data.text import Tokenizer, expand_images, render_conversation
 from model import IGNORE, IMAGE_ID
 
 
 @dataclass
 class Sample:
-    """One conversation. ids, labels: lists of T ids; images: [n, 3, S, S]."""
+    """One conversation. ids, labels: lists of T ids; images: [n, 3, S, S] float32."""
 
     ids: list[int]
     labels: list[int]
@@ -88,7 +88,7 @@ class Conversations(Dataset):
     """The samples of a data file, ready for a model.
 
     image_words: positions an image takes (n_query + 1). max_length: positions in all. fit: as in data/image.py.
-    crop_scale: in training, random crops of at least that share of the area, and flips; None: images as they are.
+    crop_scale: in training, random crops of at least that share of the area, and flips; 0: images as they are.
     An item is asked for by (seed, index), where the seed decides the crop alone.
     """
 
@@ -102,7 +102,7 @@ class Conversations(Dataset):
         max_length: int,
         fit: str,
         image_root: str | Path | None = None,
-        crop_scale: float | None = None,
+        crop_scale: float = 0.0,
     ):
         self.rows = read_rows(path)
         self.tokenizer = tokenizer
@@ -138,18 +138,17 @@ class Conversations(Dataset):
             raise Unusable("malformed row", "image should be a path or a list of paths")
         try:
             ids, labels = render_conversation(conversation, self.tokenizer, self.style)
-            turns = conversation_turns(conversation)
         except ValueError as error:
             raise Unusable("malformed row", str(error)) from None
         if ids.count(IMAGE_ID) != len(paths):
             raise Unusable("malformed row", f"it marks {ids.count(IMAGE_ID)} images and has {len(paths)}")
-        ids, labels, n_cut = self._fit_length(ids, labels, turns)
+        ids, labels, n_cut = self._fit_length(ids, labels)
         if n_supervised(labels) == 0:
             raise Unusable("nothing supervised", "it has no supervised token")
         n_image = ids.count(IMAGE_ID) // self.image_words
         return Sample(ids, labels, self._images(paths[:n_image], seed), n_cut)
 
-    def _fit_length(self, ids: list[int], labels: list[int], turns: list[str]) -> tuple[list[int], list[int], int]:
+    def _fit_length(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], int]:
         """Expands the images; past max_length, leaves whole turns out from the end, each with its question."""
         end = self.tokenizer.eos_id
         n_cut = 0
@@ -175,7 +174,7 @@ class Conversations(Dataset):
                 if not (self.image_root / path).is_file():
                     raise Unusable("missing image", f"there is no image {self.image_root / path}")
                 image = load_image(self.image_root / path)
-                if self.crop_scale is None:
+                if not self.crop_scale:
                     pixels.append(to_pixels(image, self.image_size, self.fit))
                 else:
                     generator = torch.Generator().manual_seed(seed + i)
@@ -252,6 +251,7 @@ class Order:
                         epoch = position // self.n
                         generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**63)
                         order = torch.randperm(self.n, generator=generator).tolist()
+                    # 64 apart, since an image adds its number in the sample to it
                     keys.append((((self.seed << 40) + position * 64) % 2**63, order[position % self.n]))
                 yield keys
 

@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FITS = ("stretch", "square", "pad", "crop")
+DEFAULT_FIT = {"owl1": "stretch", "owl2": "square"}  # as the papers train and the released chats ask
 
 CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)

@@ -41,8 +41,8 @@ OWL1_SYSTEM = (
 HUMAN = "\nHuman: "
 AI = "AI: "
 Piece = tuple[str | int, bool]  # a text, IMAGE_ID, or the end token; and whether it is supervised
-LONER = "\x01"
-END = 2  # stands for </s> in a list of pieces, whatever its id in the vocabulary
+LONER = "\x01"  # a character that SentencePiece joins to no other
+END = -1  # stands for </s> in a list of pieces; no token has this id
 
 
 class Tokenizer:
@@ -160,7 +160,7 @@ def owl1_lines(turns: list[str | None]) -> list[tuple[str, str]]:
             lines += [(HUMAN, "<image>")] * len(IMAGE_MARK.findall(first[0]))
         if question or first is None:
             lines.append((HUMAN, question))
-        lines[-1] = (HUMAN, lines[-1][1] + "\n")
+        lines[-1] = (HUMAN, lines[-1][1] + "\n")  # the line break before "AI: " belongs to the question
         lines.append((AI, "" if answer is None else answer))
     return lines
 

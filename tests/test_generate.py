@@ -275,7 +275,7 @@ def frequencies(p: torch.Tensor, top_k: int | None = None, top_p: float | None =
     """How often each token is drawn, over luck that covers 0..1 evenly."""
     n = 20000
     luck = (torch.arange(n) + 0.5) / n
-    tokens = draw(p.log().expand(n, -1).clone(), top_k, top_p, luck)
+    tokens = draw(p.log().expand(n, -1).clone(), 1.0, top_k, top_p, luck)
     return torch.bincount(tokens, minlength=len(p)) / n
 
 
@@ -306,9 +306,9 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
 def test_draws_at_the_ends_of_luck():
     """0 and the last number below 1 draw the likeliest and the least likely, never one of probability 0."""
     logits = torch.tensor([[0.0, 2.0, float("-inf"), 1.0]])
-    assert draw(logits, None, None, torch.tensor([0.0])).item() == 1
-    assert draw(logits, None, None, torch.tensor([1 - 2**-24])).item() == 0
-    assert draw(logits.expand(2, -1), 2, None, torch.tensor([1 - 2**-24])).tolist() == [3, 3]
+    assert draw(logits, 1.0, None, None, torch.tensor([0.0])).item() == 1
+    assert draw(logits, 1.0, None, None, torch.tensor([1 - 2**-24])).item() == 0
+    assert draw(logits.expand(2, -1), 1.0, 2, None, torch.tensor([1 - 2**-24])).tolist() == [3, 3]
 
 
 def test_temperature_sharpens_and_flattens(owls):
