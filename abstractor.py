@@ -47,7 +47,10 @@ class AbstractorConfig:
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """Position codes [M, dim] float32 of positions [M]: all sines, then all cosines (not interleaved). dim is even."""
+    """Position codes of positions [M]: [M, dim] float32, all sines, then all cosines (not interleaved).
+
+    dim is even.
+    """
     frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     angle = positions.double()[:, None] * frequency  # [M, dim / 2]
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()

@@ -2,7 +2,7 @@
 
     python evaluate.py --data data/easy_vqa/test.json                       the embedded tiny-owl2
     python evaluate.py --data data/easy_vqa/test.json --images blank        ... who is shown nothing
-    python evaluate.py --data data/easy_vqa/test.json --images shuffled     ... with the images shuffled among the questions
+    python evaluate.py --data data/easy_vqa/test.json --images shuffled     ... who is shown shuffled images
     python evaluate.py --data mine.json --weights mplug-owl2-llama2-7b --max-new-tokens 10
 
 The file is what training reads as well (data/conversations.py): of each row the first question is asked, and the
@@ -79,7 +79,7 @@ def prompt_of(question: str, model: Owl, tokenizer: Tokenizer) -> list[int]:
     ids = render_prompt([question, None], tokenizer, model.config.style)
     ids, _ = expand_images(ids, None, model.config.image_words)
     if len(ids) > model.config.llama.context:
-        raise ValueError(f"a question of {len(ids)} tokens is longer than the model's {model.config.llama.context}")
+        raise ValueError(f"a question of {len(ids)} tokens is longer than the model's context of {model.config.llama.context}")
     return ids
 
 
@@ -116,15 +116,14 @@ def parse() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the shuffling")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", metavar="FILE", help="write each question, answer and right answer here (.jsonl)")
-    args = p.parse_args()
-    if args.batch < 1 or args.max_new_tokens < 1:
-        p.error("--batch and --max-new-tokens must be 1 or more")
-    return args
+    return p.parse_args()
 
 
 def main() -> None:
     args = parse()
     try:
+        if args.batch < 1 or args.max_new_tokens < 1:
+            raise ValueError("--batch and --max-new-tokens must be 1 or more")
         cases = read_cases(args.data)
         device = start_process(args.device).device
         model = load_model(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -80,7 +80,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--data", metavar="FILE", required=True, help="conversations to train on (.json or .jsonl)")
     g.add_argument("--val", metavar="FILE", help="conversations to measure the loss on")
     g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
-    g.add_argument("--fit", choices=FITS, help="how images become squares (default: owl1 stretch, owl2 square; crops are stretched)")
+    g.add_argument("--fit", choices=FITS, help="how images become squares (default: owl1 stretch, owl2 square)")
     g.add_argument("--check", action="store_true", help="go over the data, show a few samples, and stop")
     g = p.add_argument_group("run")
     g.add_argument("--out", metavar="FOLDER", help="the run's folder (required but with --check)")
@@ -129,24 +129,6 @@ def recipe_of(args: argparse.Namespace, papers: Recipe) -> Recipe:
     if recipe.crop_scale > 1:
         raise ValueError(f"--crop-scale is a share of the image, at most 1, not {recipe.crop_scale}")
     return recipe
-
-
-def start_model(
-    args: argparse.Namespace, papers: dict[str, Recipe], place: Place
-) -> tuple[Owl, Tokenizer, Recipe]:
-    """The model and tokenizer of --weights, and the numbers of its owl's paper under those given as flags.
-
-    Raises ValueError or OSError as load_model and Tokenizer do.
-    """
-    tokenizer = Tokenizer(args.tokenizer or args.weights)
-    style = read_config(args.weights).style
-    recipe = recipe_of(args, papers[style])
-    torch.manual_seed(args.seed)
-    model = load_model(args.weights, place.device)
-    model.tokenizer_folder = tokenizer.path.parent
-    if recipe.image_size:
-        resize_images(model, recipe.image_size)
-    return model, tokenizer, recipe
 
 
 def fail(error: Exception) -> None:
@@ -205,6 +187,24 @@ def total(place: Place, *numbers: float) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64, device=place.device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def start_model(
+    args: argparse.Namespace, papers: dict[str, Recipe], place: Place
+) -> tuple[Owl, Tokenizer, Recipe]:
+    """The model and tokenizer of --weights, and the numbers of its owl's paper under those given as flags.
+
+    Raises ValueError or OSError as load_model and Tokenizer do.
+    """
+    tokenizer = Tokenizer(args.tokenizer or args.weights)
+    style = read_config(args.weights).style
+    recipe = recipe_of(args, papers[style])
+    torch.manual_seed(args.seed)
+    model = load_model(args.weights, place.device)
+    model.tokenizer_folder = tokenizer.path.parent
+    if recipe.image_size:
+        resize_images(model, recipe.image_size)
+    return model, tokenizer, recipe
 
 
 # --- what is trained ---------------------------------------------------------------------------------

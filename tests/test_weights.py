@@ -219,11 +219,14 @@ def test_saved_files_are_in_the_official_layout(copied, tmp_path, folder):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert sorted(path.name for path in saved.iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
+        "preprocessor_config.json",
         "tokenizer.model",
         "tokenizer_config.json",
     ]
+    assert json.loads((saved / "preprocessor_config.json").read_text())["size"] == model.config.image_size
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == theirs.keys()
     assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in theirs.values())
