@@ -79,7 +79,8 @@ def prompt_of(question: str, model: Owl, tokenizer: Tokenizer) -> list[int]:
     ids = render_prompt([question, None], tokenizer, model.config.style)
     ids, _ = expand_images(ids, None, model.config.image_words)
     if len(ids) > model.config.llama.context:
-        raise ValueError(f"a question of {len(ids)} tokens is longer than the model's context of {model.config.llama.context}")
+        context = model.config.llama.context
+        raise ValueError(f"a question of {len(ids)} tokens is longer than the model's context of {context}")
     return ids
 
 
