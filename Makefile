@@ -5,7 +5,7 @@
 PYTHON := .venv/bin/python
 DATA := data/easy_vqa
 TINY := runs/tiny-owl2
-TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200
+TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run
 	$(PYTHON) sample.py --image assets/blue-rectangle.png --prompt "what color is the shape?"
@@ -26,7 +26,7 @@ tiny: .venv/dev
 	    --steps 2200 --warmup 100 --lr 1.5e-3 --min-lr 1e-4 --crop-scale 0.8
 	$(PYTHON) train_stage2.py --weights $(TINY)/stage1 --out $(TINY)/stage2 \
 	    --data $(DATA)/train.json --val $(DATA)/val.json $(TINY_FLAGS) \
-	    --steps 2000 --warmup 100 --lr 1e-3 --min-lr 1e-5 --crop-scale 0.8 --weight-decay 0.05 --max-length 512
+	    --steps 1500 --warmup 100 --lr 1e-3 --min-lr 1e-5 --crop-scale 0.8 --weight-decay 0.05 --max-length 512
 	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2
 	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images blank
 	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images shuffled

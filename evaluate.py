@@ -4,6 +4,7 @@
     python evaluate.py --data data/easy_vqa/test.json --images blank        ... who is shown nothing
     python evaluate.py --data data/easy_vqa/test.json --images shuffled     ... who is shown shuffled images
     python evaluate.py --data mine.json --weights mplug-owl2-llama2-7b --max-new-tokens 10
+    python evaluate.py --data data/easy_vqa/text_val.json --loss            the mean loss instead, of all turns' answers
 
 The file is what training reads as well (data/conversations.py): of each row the first question is asked, and the
 answer counts if it is the row's first answer, but for capitals, spaces and a full stop. The two runs with --images
@@ -13,6 +14,7 @@ are the control: a model that looks must lose what only looking tells. (All imag
 import argparse
 import json
 import random
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -21,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.conversations import read_rows
+from data.conversations import Conversations, read_rows
 from data.image import DEFAULT_FIT, FITS, load_image, to_pixels
 from data.text import IMAGE_MARK, Tokenizer, conversation_turns, expand_images, render_prompt
 from model import Owl
-from train import fail, start_process
+from train import Place, Skips, fail, start_process, validate
 from weights import load_model
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
@@ -105,6 +107,20 @@ def ask(
     return texts
 
 
+def print_loss(args: argparse.Namespace, model: Owl, tokenizer: Tokenizer, place: Place) -> None:
+    """Prints the loss that training calls the validation loss, to the last bit. Raises as Conversations does."""
+    config = model.config
+    fit = args.fit or DEFAULT_FIT[config.style]
+    length = config.llama.context
+    data = Conversations(
+        args.data, tokenizer, config.style, config.image_words, config.image_size, length, fit, args.image_root
+    )
+    skips = Skips()
+    print(repr(validate(model, data, args.batch, place, skips)))
+    if skips.count:
+        print(f"skipped {skips.summary()}", file=sys.stderr)
+
+
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="FILE", help="questions, as conversations of one turn")
@@ -112,6 +128,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--images", choices=("right", "blank", "shuffled"), default="right", help="what the model is shown")
     p.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
     p.add_argument("--fit", choices=FITS, help="default: owl1 stretch, owl2 square")
+    p.add_argument("--loss", action="store_true", help="print the mean loss over all answers' tokens instead")
     p.add_argument("--batch", type=int, default=64, help="questions at a time (default 64)")
     p.add_argument("--max-new-tokens", type=int, default=10)
     p.add_argument("--seed", type=int, default=0, help="of the shuffling")
@@ -125,11 +142,15 @@ def main() -> None:
     try:
         if args.batch < 1 or args.max_new_tokens < 1:
             raise ValueError("--batch and --max-new-tokens must be 1 or more")
-        cases = read_cases(args.data)
-        device = start_process(args.device).device
+        place = start_process(args.device)
+        device = place.device
         model = load_model(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         tokenizer = Tokenizer(args.weights)
         model.config.llama.eos_id = tokenizer.eos_id
+        if args.loss:
+            print_loss(args, model, tokenizer, place)
+            return
+        cases = read_cases(args.data)
         fit = args.fit or DEFAULT_FIT[model.config.style]
         root = Path(args.image_root) if args.image_root else Path(args.data).parent
         pixels = read_images(cases, root, model.config.image_size, fit)

@@ -212,8 +212,7 @@ class Owl(nn.Module):
         """
         self._check_images(ids, images)
         B, T = ids.shape
-        if lengths is None:
-            lengths = torch.full((B,), T)
+        lengths = torch.full((B,), T) if lengths is None else torch.as_tensor(lengths)
         if lengths.shape != (B,) or T == 0 or int(lengths.min()) < 1 or int(lengths.max()) > T:
             raise ValueError(f"lengths must hold a number from 1 to {T} for each of the {B} rows of ids")
         context = self.config.llama.context

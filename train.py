@@ -192,18 +192,27 @@ def total(place: Place, *numbers: float) -> list[float]:
 def start_model(
     args: argparse.Namespace, papers: dict[str, Recipe], place: Place
 ) -> tuple[Owl, Tokenizer, Recipe]:
-    """The model and tokenizer of --weights, and the numbers of its owl's paper under those given as flags.
+    """The model, its tokenizer, and the numbers of its owl's paper under those given as flags.
 
+    The model is that of --weights, or a --preset with random weights and the vocabulary of --tokenizer.
     Raises ValueError or OSError as load_model and Tokenizer do.
     """
-    tokenizer = Tokenizer(args.tokenizer or args.weights)
-    style = read_config(args.weights).style
-    recipe = recipe_of(args, papers[style])
     torch.manual_seed(args.seed)
-    model = load_model(args.weights, place.device)
+    if args.weights:
+        tokenizer = Tokenizer(args.tokenizer or args.weights)
+        recipe = recipe_of(args, papers[read_config(args.weights).style])
+        model = load_model(args.weights, place.device)
+        resize_images(model, recipe.image_size or model.config.image_size)
+    elif args.preset and args.tokenizer:
+        tokenizer = Tokenizer(args.tokenizer)
+        config = PRESETS[args.preset]()
+        config.llama.vocab_size = tokenizer.vocab_size
+        recipe = recipe_of(args, papers[config.style])
+        config.resize(recipe.image_size or config.image_size)
+        model = Owl(config).init_weights()
+    else:
+        raise ValueError("give --weights FOLDER, or --preset NAME and --tokenizer PATH to start from random weights")
     model.tokenizer_folder = tokenizer.path.parent
-    if recipe.image_size:
-        resize_images(model, recipe.image_size)
     return model, tokenizer, recipe
 
 

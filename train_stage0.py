@@ -6,7 +6,7 @@ alone: the vision tower and the abstractor keep their random weights, untouched.
 image halves of the modality-adaptive module become copies of the text halves, as when an Owl2
 begins with LLaMA's own weights.
 
-    python train_stage0.py --preset tiny-owl2 --tokenizer data/easy_vqa/tokenizer.model \\
+    python train_stage0.py --preset tiny-owl2 --tokenizer data/easy_vqa/tokenizer.model --micro 32 --batch 32 \\
         --data data/easy_vqa/text.json --val data/easy_vqa/text_val.json --out runs/stage0
 
 For the 7B presets begin with stage 1, from CLIP's and LLaMA's weights.
@@ -14,12 +14,9 @@ For the 7B presets begin with stage 1, from CLIP's and LLaMA's weights.
 
 from pathlib import Path
 
-import torch
-
-from data.text import Tokenizer
 from llama import AdaptiveLinear, AdaptiveRMSNorm
-from model import PRESETS, Owl
-from train import Recipe, fail, parser, prepare, recipe_of, start_process, train
+from model import Owl
+from train import Recipe, fail, parser, prepare, start_model, start_process, train
 from weights import save_model
 
 RECIPE = Recipe(
@@ -37,24 +34,21 @@ RECIPE = Recipe(
 )
 
 
+def choose_trained(model: Owl) -> None:
+    """Trains the language model, but for the image halves of the modality-adaptive module: text never meets them."""
+    model.requires_grad_(False)
+    for name, parameter in model.llama.named_parameters():
+        parameter.requires_grad_(".multiway.1." not in name)
+
+
 def main() -> None:
     args = parser(__doc__).parse_args()
     try:
-        if not args.preset or not args.preset.startswith("tiny") or not args.tokenizer:
-            raise ValueError("stage 0 takes --preset tiny-owl1 or tiny-owl2, and --tokenizer")
-        recipe = recipe_of(args, RECIPE)
+        if args.weights or not (args.preset or "").startswith("tiny"):
+            raise ValueError("stage 0 is for the tiny presets, from random weights: give --preset and --tokenizer")
         place = start_process(args.device)
-        tokenizer = Tokenizer(args.tokenizer)
-        config = PRESETS[args.preset]()
-        config.llama.vocab_size = tokenizer.vocab_size
-        torch.manual_seed(args.seed)
-        model = Owl(config).init_weights()
-        model.tokenizer_folder = tokenizer.path.parent
-        model.requires_grad_(False)
-        model.llama.requires_grad_(True)
-        for module in model.modules():  # text never reaches the image halves
-            if isinstance(module, (AdaptiveLinear, AdaptiveRMSNorm)):
-                module.multiway[1].requires_grad_(False)
+        model, tokenizer, recipe = start_model(args, {"owl1": RECIPE, "owl2": RECIPE}, place)
+        choose_trained(model)
         run = prepare(args, recipe, place, model, tokenizer)
     except (ValueError, OSError) as error:
         fail(error)
@@ -62,6 +56,7 @@ def main() -> None:
 
 
 def finish(model: Owl, out: Path) -> None:
+    """Begins the image halves as copies of the text halves, and saves the model."""
     for module in model.modules():
         if isinstance(module, (AdaptiveLinear, AdaptiveRMSNorm)):
             text, image = module.multiway

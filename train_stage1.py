@@ -71,17 +71,18 @@ def main() -> None:
     args = p.parse_args()
     try:
         place = start_process(args.device)
-        if args.weights:
-            model, tokenizer, recipe = start_model(args, RECIPES, place)
-        elif args.preset and args.clip and args.llama:
+        if args.clip or args.llama:
+            if not (args.preset and args.clip and args.llama) or args.weights:
+                raise ValueError("--clip, --llama and --preset go together, and without --weights")
             config = PRESETS[args.preset]()
             recipe = recipe_of(args, RECIPES[config.style])
             config.resize(recipe.image_size or config.image_size)
             tokenizer = Tokenizer(args.tokenizer or args.llama)
             torch.manual_seed(args.seed)
             model = start_from(config, args.clip, args.llama)
+            model.tokenizer_folder = tokenizer.path.parent
         else:
-            raise ValueError("start from --weights FOLDER, or from --preset NAME with --clip FOLDER and --llama FOLDER")
+            model, tokenizer, recipe = start_model(args, RECIPES, place)
         choose_trained(model)
         run = prepare(args, recipe, place, model, tokenizer)
     except (ValueError, OSError) as error:

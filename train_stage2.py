@@ -87,8 +87,6 @@ def main() -> None:
     g.add_argument("--train-abstractor", action="store_true", help="beside the adapters, as Owl1's abstract has it")
     args = p.parse_args()
     try:
-        if not args.weights:
-            raise ValueError("stage 2 starts from a model folder: --weights FOLDER")
         place = start_process(args.device)
         model, tokenizer, recipe = start_model(args, RECIPES, place)
         rank = LORA_RANK[model.config.style] if args.lora_rank is None else args.lora_rank

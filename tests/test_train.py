@@ -877,7 +877,7 @@ MISTAKES = [
     (ALL[1:], ("--image-size", "30"), "30"),
     (ALL, ("--image-size", "-14"), "--image-size"),
     (ALL, ("--vit-lr-decay", "nan"), "--vit-lr-decay"),
-    (ALL, ("--crop-scale", "0"), "--crop-scale"),
+    (ALL, ("--crop-scale", "-1"), "--crop-scale"),
     (ALL, ("--crop-scale", "1.5"), "--crop-scale"),
     (ALL, ("--workers", "-1"), "--workers"),
     (ALL, ("--log-every", "0"), "--log-every"),
