@@ -1,5 +1,5 @@
 # make demo    ask the embedded model about a picture
-# make test    the tests (under five minutes on two cores); make test-slow: all of them
+# make test    the tests (under five minutes on two cores); make test-slow: those marked slow as well
 # make tiny    train the embedded model anew, into runs/tiny-owl2/stage2 (half an hour on two cores)
 
 PYTHON := .venv/bin/python

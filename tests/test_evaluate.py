@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate
 from conftest import GOLDEN, make_config, make_owl
 from data.image import load_image, to_pixels
-from data.text import OWL1_SYSTEM, Tokenizer
+from data.text import OWL1_SYSTEM, Tokenizer, render_conversation
 from evaluate import ask, normal
 from weights import load_model, save_model
 
@@ -262,3 +262,18 @@ def test_a_broken_line_is_named(folder, weights, monkeypatch, capsys):
 )
 def test_a_flag_that_cannot_be_meant_is_one_sentence(run, capsys, flags, words):
     assert words in refused(run, capsys, [GOOD], *flags)
+
+
+def test_the_loss_is_that_of_the_logits(folder, weights, monkeypatch, capsys):
+    """--loss prints the mean over all answers' tokens, here of a text: computed from the logits by hand."""
+    rows = [{"conversations": talk("One?", "Two.", "Three?", "Four.")}]
+    path = folder / "text.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    command = ["evaluate.py", "--data", str(path), "--weights", str(weights("owl2")), "--device", "cpu", "--loss"]
+    monkeypatch.setattr(sys, "argv", command)
+    evaluate.main()
+    model = load_model(weights("owl2"))
+    ids, labels = render_conversation(rows[0]["conversations"], Tokenizer(weights("owl2")), "owl2")
+    logits, _ = model(torch.tensor([ids]))
+    by_hand = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(labels[1:]), ignore_index=-100)
+    assert float(capsys.readouterr().out) == pytest.approx(by_hand.item(), abs=1e-5)
