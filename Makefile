@@ -19,8 +19,7 @@ test-slow: .venv/dev
 tiny: .venv/dev
 	$(PYTHON) $(DATA)/prepare.py
 	$(PYTHON) train_stage0.py --preset tiny-owl2 --tokenizer $(DATA)/tokenizer.model --out $(TINY)/stage0 \
-	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS) \
-	    --steps 700 --warmup 50 --lr 1.5e-3 --min-lr 1e-4
+	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS)
 	$(PYTHON) train_stage1.py --weights $(TINY)/stage0 --out $(TINY)/stage1 \
 	    --data $(DATA)/captions.json --val $(DATA)/captions_val.json $(TINY_FLAGS) \
 	    --steps 2200 --warmup 100 --lr 1.5e-3 --min-lr 1e-4 --crop-scale 0.8

@@ -6,7 +6,7 @@ alone: the vision tower and the abstractor keep their random weights, untouched.
 image halves of the modality-adaptive module become copies of the text halves, as when an Owl2
 begins with LLaMA's own weights.
 
-    python train_stage0.py --preset tiny-owl2 --tokenizer data/easy_vqa/tokenizer.model --micro 32 --batch 32 \\
+    python train_stage0.py --preset tiny-owl2 --tokenizer data/easy_vqa/tokenizer.model --micro 32 \\
         --data data/easy_vqa/text.json --val data/easy_vqa/text_val.json --out runs/stage0
 
 For the 7B presets begin with stage 1, from CLIP's and LLaMA's weights.
@@ -19,11 +19,12 @@ from model import Owl
 from train import Recipe, fail, parser, prepare, start_model, start_process, train
 from weights import save_model
 
+# Ours, found by trial; the papers have no such stage.
 RECIPE = Recipe(
-    steps=400,
-    warmup=40,
-    batch=64,
-    lr=3e-3,
+    steps=700,
+    warmup=50,
+    batch=32,
+    lr=1.5e-3,
     min_lr=1e-4,
     betas=(0.9, 0.98),
     eps=1e-6,
