@@ -446,7 +446,7 @@ def official_config(model: Owl) -> dict:
 
 
 def official_preprocessor(model: Owl) -> dict:
-    """The preprocessor_config.json that the released code wants: CLIP's, at the model's image size."""
+    """The preprocessor_config.json that Owl2's released code wants: CLIP's, at the model's image size."""
     return {
         "feature_extractor_type": "CLIPFeatureExtractor",
         "do_resize": True,
