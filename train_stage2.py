@@ -6,7 +6,8 @@ language model's q_proj and v_proj. Owl2 trains everything, the vision tower's l
     python train_stage2.py --weights runs/stage1 --data my.json --out runs/stage2
     torchrun --nproc_per_node=8 train_stage2.py --weights runs/stage1 --workers 8 --data my.json --out runs/stage2
 
-Fine-tune the released Owl2 as its own scripts do, by LoRA on every Linear of the decoder, the ViT frozen:
+Fine-tune the released Owl2 as its own scripts do, by LoRA on every Linear of the decoder, the ViT frozen, images
+padded (then ask with --fit pad as well):
 
     torchrun --nproc_per_node=8 train_stage2.py --weights mplug-owl2-llama2-7b --data my.json --out runs/mine \\
         --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0 --fit pad
