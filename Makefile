@@ -1,10 +1,12 @@
 # make demo    ask the embedded model about a picture
 # make test    the tests (under five minutes on two cores); make test-slow: those marked slow as well
 # make tiny    train the embedded model anew, into runs/tiny-owl2/stage2 (half an hour on two cores)
+# make tiny-owl1    the same for its Owl1 sister: LoRA and the abstractor in stage 2
 
 PYTHON := .venv/bin/python
 DATA := data/easy_vqa
 TINY := runs/tiny-owl2
+TINY1 := runs/tiny-owl1
 TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run
@@ -30,6 +32,18 @@ tiny: .venv/dev
 	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images blank
 	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images shuffled
 
+tiny-owl1: .venv/dev
+	$(PYTHON) $(DATA)/prepare.py
+	$(PYTHON) train_stage0.py --preset tiny-owl1 --tokenizer $(DATA)/tokenizer.model --out $(TINY1)/stage0 \
+	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS)
+	$(PYTHON) train_stage1.py --weights $(TINY1)/stage0 --out $(TINY1)/stage1 \
+	    --data $(DATA)/captions.json --val $(DATA)/captions_val.json $(TINY_FLAGS) \
+	    --steps 1800 --warmup 100 --lr 1.5e-3 --min-lr 1e-4 --crop-scale 0.8
+	$(PYTHON) train_stage2.py --weights $(TINY1)/stage1 --out $(TINY1)/stage2 --train-abstractor \
+	    --data $(DATA)/train.json --val $(DATA)/val.json $(TINY_FLAGS) \
+	    --steps 700 --warmup 50 --lr 2e-3 --min-lr 1e-5 --crop-scale 0.8 --max-length 512
+	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY1)/stage2
+
 .venv/run: requirements.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -r requirements.txt
@@ -39,4 +53,4 @@ tiny: .venv/dev
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow tiny
+.PHONY: demo test test-slow tiny tiny-owl1
