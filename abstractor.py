@@ -59,7 +59,8 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
 def sincos_2d(grid_size: int, dim: int) -> Tensor:
     """Position codes [1 + grid_size ** 2, dim] float32 of a class token and a grid of patches, row by row.
 
-    The first half of the width says which column, the second half which row; the class token gets zeros. dim is a multiple of 4.
+    The first half of the width says which column, the second half which row; the class token gets zeros.
+    dim is a multiple of 4.
     """
     index = torch.arange(grid_size**2, device="cpu")
     column = sincos_1d(index % grid_size, dim // 2)

@@ -43,7 +43,7 @@ from data.check import check
 from data.conversations import Batch, Conversations, Order, Skipped, collate, loader
 from data.image import DEFAULT_FIT, FITS
 from data.text import Tokenizer
-from model import PRESETS, Owl
+from model import PRESETS, Owl, OwlConfig
 from weights import WEIGHT_FILES, load_model, read_config, resize_images
 
 
@@ -200,20 +200,47 @@ def start_model(
     torch.manual_seed(args.seed)
     if args.weights:
         tokenizer = Tokenizer(args.tokenizer or args.weights)
-        recipe = recipe_of(args, papers[read_config(args.weights).style])
+        config = read_config(args.weights)
+        recipe = recipe_of(args, papers[config.style])
+        config.resize(recipe.image_size or config.image_size)
+        check_if_asked(args, recipe, config, tokenizer)
         model = load_model(args.weights, place.device)
-        resize_images(model, recipe.image_size or model.config.image_size)
+        resize_images(model, config.image_size)
     elif args.preset and args.tokenizer:
         tokenizer = Tokenizer(args.tokenizer)
         config = PRESETS[args.preset]()
         config.llama.vocab_size = tokenizer.vocab_size
         recipe = recipe_of(args, papers[config.style])
         config.resize(recipe.image_size or config.image_size)
+        check_if_asked(args, recipe, config, tokenizer)
         model = Owl(config).init_weights()
     else:
         raise ValueError("give --weights FOLDER, or --preset NAME and --tokenizer PATH to start from random weights")
     model.tokenizer_folder = tokenizer.path.parent
     return model, tokenizer, recipe
+
+
+def open_data(
+    args: argparse.Namespace, path: str, crop_scale: float, recipe: Recipe, config: OwlConfig, tokenizer: Tokenizer
+) -> Conversations:
+    """A data file as this run reads it. Raises ValueError or OSError as Conversations does."""
+    return Conversations(
+        path,
+        tokenizer,
+        config.style,
+        config.image_words,
+        config.image_size,
+        min(recipe.max_length, config.llama.context),
+        args.fit or DEFAULT_FIT[config.style],
+        args.image_root,
+        crop_scale,
+    )
+
+
+def check_if_asked(args: argparse.Namespace, recipe: Recipe, config: OwlConfig, tokenizer: Tokenizer) -> None:
+    """With --check, goes over the data and exits: before any weights are read, since that may take long."""
+    if args.check:
+        sys.exit(1 if check(open_data(args, args.data, recipe.crop_scale, recipe, config, tokenizer)) else 0)
 
 
 # --- what is trained ---------------------------------------------------------------------------------
@@ -427,26 +454,17 @@ class Run:
 
 
 def prepare(args: argparse.Namespace, recipe: Recipe, place: Place, model: Owl, tokenizer: Tokenizer) -> Run:
-    """Opens the data and, to resume, the checkpoint. With --check, goes over the data and exits.
+    """Opens the data and, to resume, the checkpoint.
 
     Raises ValueError or OSError, in one sentence, for settings or files that cannot be used.
     """
     model.config.llama.eos_id = tokenizer.eos_id
-    style = model.config.style
-    words = model.config.image_words
-    size = model.config.image_size
-    fit = args.fit or DEFAULT_FIT[style]
-    length = min(recipe.max_length, model.config.llama.context)
     if tokenizer.vocab_size > model.config.llama.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.llama.vocab_size}"
         )
-    data = Conversations(args.data, tokenizer, style, words, size, length, fit, args.image_root, recipe.crop_scale)
-    val = None
-    if args.val:
-        val = Conversations(args.val, tokenizer, style, words, size, length, fit, args.image_root)
-    if args.check:
-        sys.exit(1 if check(data) else 0)
+    data = open_data(args, args.data, recipe.crop_scale, recipe, model.config, tokenizer)
+    val = open_data(args, args.val, 0.0, recipe, model.config, tokenizer) if args.val else None
     first = [data[0, index] for index in range(min(len(data), 20))]
     if all(isinstance(sample, Skipped) for sample in first):
         raise ValueError(f"none of the first {len(first)} rows of {args.data} can be used; {first[0].reason}")

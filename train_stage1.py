@@ -20,7 +20,7 @@ import torch
 
 from data.text import Tokenizer
 from model import PRESETS, Owl
-from train import Recipe, fail, parser, prepare, recipe_of, start_model, start_process, train
+from train import Recipe, check_if_asked, fail, parser, prepare, recipe_of, start_model, start_process, train
 from weights import save_model, start_from
 
 # The papers' numbers (Owl1 section 3.2, Owl2 section 3.3 and its appendix).
@@ -78,6 +78,7 @@ def main() -> None:
             recipe = recipe_of(args, RECIPES[config.style])
             config.resize(recipe.image_size or config.image_size)
             tokenizer = Tokenizer(args.tokenizer or args.llama)
+            check_if_asked(args, recipe, config, tokenizer)
             torch.manual_seed(args.seed)
             model = start_from(config, args.clip, args.llama)
             model.tokenizer_folder = tokenizer.path.parent

@@ -505,6 +505,17 @@ def test_a_step_of_bad_rows_teaches_nothing(start, tmp_path):
     assert_same_weights(weights_of(out), weights_of(start("owl2")))
 
 
+def test_check_reads_no_weights(start, tmp_path, mixed):
+    """A look at the data before a 7B need not wait for the 7B: config.json and the tokenizer will do."""
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copyfile(start("owl2") / name, folder / name)
+    with pytest.raises(SystemExit) as stop:
+        run_stage("train_stage2", "--weights", folder, "--data", mixed, "--check", "--image-size", 0)
+    assert stop.value.code == 0
+
+
 def test_check_looks_at_the_data_and_trains_nothing(start, tmp_path, mixed, capsys):
     bad = write_rows(tmp_path / "bad.json", [{"conversations": talk("a", "b")}, {"id": 5}])
     for data, code in ((mixed, 0), (bad, 1)):
