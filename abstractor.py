@@ -93,8 +93,9 @@ class CrossAttention(nn.Module):
         kv = torch.cat([queries, image], dim=1)  # [N, Q + 1 + P, C]
         q_in, k_in = queries, kv
         if self.has_positions:
-            q_in = queries + self.q_pos
-            k_in = kv + torch.cat([self.q_pos, self.k_pos])
+            q_pos, k_pos = self.q_pos.to(kv.dtype), self.k_pos.to(kv.dtype)
+            q_in = queries + q_pos
+            k_in = kv + torch.cat([q_pos, k_pos])
         q = self._heads(self.q(q_in))
         k = self._heads(self.k(k_in))
         v = self._heads(self.v(kv))

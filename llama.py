@@ -17,9 +17,13 @@ The lines marked * are the modality-adaptive module. In Owl1 they are plain: one
 set of weights for everything. In Owl2 an image word keeps the features of its own
 modality, while both still meet in one attention and one MLP. (Grouped-query heads:
 k and v may have fewer heads than q, each then serves several.)
+
+In training B is 1 and many sequences stand one after the other in the row, so that
+nothing is padding; `Documents` says where each begins, and none attends to another.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,6 +66,13 @@ class Split(NamedTuple):
         """is_image: [B, T] bool with n_image ones. Knowing that number, a GPU need not be waited for."""
         order = torch.argsort(is_image.flatten().to(torch.uint8), stable=True)
         return Split(is_image[..., None], order, torch.argsort(order), is_image.numel() - n_image)
+
+
+class Documents(NamedTuple):
+    """Sequences that stand one after the other in one row, and know nothing of each other."""
+
+    starts: Tensor  # [n + 1] int32: where each begins, and the row's length
+    longest: int  # the longest one's length
 
 
 class RMSNorm(nn.Module):
@@ -149,12 +160,34 @@ class View(NamedTuple):
     n_visible: int  # keys in the cache that any of them may see
     mask: Tensor | None  # [B, 1, T, n_visible] bool; None where the rule is plain
     causal: bool  # a plain causal mask, left to the attention kernel
+    documents: Documents | None  # a causal mask within each of these
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: turns each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, T, D]."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention of each document to itself. q: [1, n_head, T, D]; k, v: [1, n_kv_head, T, D]. Returns q's shape.
+
+    On CUDA one kernel for all of them (bfloat16 or float16, torch from 2.11 on); elsewhere a loop, to the same result.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeats = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, n_head, D]
+        starts, longest = documents
+        y = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))  # all before, none after
+        return y.transpose(0, 1)[None]
+    parts = []
+    for a, b in pairwise(documents.starts.tolist()):
+        one = (x[:, :, a:b] for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(parts, dim=2)
 
 
 class Attention(nn.Module):
@@ -195,10 +228,13 @@ class Attention(nn.Module):
             stored[1][rows, :, view.positions] = v.transpose(1, 2)
             if not view.causal:  # else nothing came before, and k and v are all there is to see
                 k, v = stored[:, :, :, : view.n_visible]
-        grouped = self.config.n_kv_head != self.config.n_head
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
-        )
+        if view.documents is not None:
+            y = attend_within(q, k, v, view.documents)
+        else:
+            grouped = self.config.n_kv_head != self.config.n_head
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
+            )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -249,21 +285,27 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, split: Split | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, split: Split | None = None, cache: Cache | None = None, documents: Documents | None = None
+    ) -> Tensor:
         """Runs the decoder over embedded tokens.
 
         x: [B, T, n_embd]. split: which of them are image words (None: none). With a cache the tokens continue
         each of its rows and are stored in it; the caller then says so with cache.start or cache.advance.
+        With documents (B is 1 then, and there is no cache) the row is several sequences.
         Returns [B, T, n_embd], normalised for lm_head.
         """
-        view = self._view(x, cache)
+        view = self._view(x, cache, documents)
         for i, layer in enumerate(self.layers):
             x = layer(x, view, split, None if cache is None else cache.layers[i])
         return self.norm(x)
 
-    def _view(self, x: Tensor, cache: Cache | None) -> View:
+    def _view(self, x: Tensor, cache: Cache | None, documents: Documents | None) -> View:
         T = x.shape[1]
         positions = torch.arange(T, device=x.device)[None]  # [1, T]
+        if documents is not None:  # each counts from 0
+            begins = documents.starts[:-1].repeat_interleave(documents.starts.diff(), output_size=T)
+            positions = positions - begins
         mask = None
         causal = cache is None or cache.longest == 0
         n_visible = T
@@ -277,4 +319,5 @@ class Llama(nn.Module):
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
         angle = positions[..., None] * frequency  # [B or 1, T, D / 2]
         angle = torch.cat([angle, angle], dim=-1)[:, None]  # [B or 1, 1, T, D]
-        return View(angle.cos().to(x.dtype), angle.sin().to(x.dtype), positions, n_visible, mask, causal)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return View(cos, sin, positions, n_visible, mask, causal, documents)

@@ -24,13 +24,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from abstractor import Abstractor, AbstractorConfig
-from llama import Cache, Llama, LlamaConfig, Split
+from llama import Cache, Documents, Llama, LlamaConfig, Split
 from vit import ViT, ViTConfig
 
 IMAGE_ID = -200  # in `ids`: an image word stands here. Each image has n_query + 1 of them, in a row.
 IGNORE = -100  # in `labels`: not supervised
+LOSS_CHUNK = 1024  # supervised tokens whose logits are held at one time
 
 
 @dataclass
@@ -137,27 +139,31 @@ class Owl(nn.Module):
         return self
 
     def forward(
-        self, ids: Tensor, images: Tensor | None = None, labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Reads a batch of sequences; with labels, says how well each next token was foreseen.
 
         ids: [B, T] int64, IMAGE_ID at the n_query + 1 places of each image; rows padded on the right.
         images: [N, 3, image_size, image_size], in the order of their places in ids (row by row).
         labels: [B, T] int64, aligned with ids (the shift by one happens here), IGNORE where not supervised.
+        documents: where ids is one row of several sequences, where they begin (their first labels are IGNORE).
         Returns (logits [B, T, vocab_size], None) without labels and (None, loss []) with them: the mean
         over the supervised tokens, 0 where there is none.
         Raises ValueError if the images are of another size or number than ids has places for.
         """
         x, split = self._embed(ids, images)
-        x = self.llama(x, split)  # [B, T, n_embd]
+        x = self.llama(x, split, documents=documents)  # [B, T, n_embd]
         if labels is None:
             return self.llama.lm_head(x), None
         # Position t foresees token t + 1. Logits are computed only where that token is supervised.
         targets = labels[:, 1:]
         supervised = targets != IGNORE
-        logits = self.llama.lm_head(x[:, :-1][supervised])  # [supervised tokens, vocab_size]
-        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        return None, total / max(len(logits), 1)
+        targets = targets[supervised]
+        return None, summed_loss(self.llama.lm_head, x[:, :-1][supervised], targets) / max(len(targets), 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images as words: [N, 3, image_size, image_size] to [N, n_query + 1, n_embd]; ValueError for other sizes."""
@@ -273,6 +279,22 @@ class Owl(nn.Module):
             # What rows that have ended compute from here on is not used.
             x = self.llama(self.llama.embed_tokens(token)[:, None], None, cache)[:, 0]
             cache.advance(ended)
+
+
+def summed_loss(lm_head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropies at M supervised tokens, float32. x: [M, n_embd], targets: [M] int64.
+
+    A chunk of them at a time, whose logits the backward pass computes again: of M x 32,000 float32 numbers no more
+    than LOSS_CHUNK x 32,000 are ever held.
+    """
+
+    def of_chunk(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(lm_head(x).float(), targets, reduction="sum")
+
+    total = torch.zeros((), device=x.device)
+    for chunk in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
+        total = total + checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+    return total
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
