@@ -93,6 +93,15 @@ def wrap(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dr
         setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout))
 
 
+def initial(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) for fresh matrices of every adapter, float32, for a model that was made without memory."""
+    for name, module in adapted(model):
+        matrix = torch.empty(module.rank, module.in_features)
+        nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        yield f"{name}.lora_A.weight", matrix
+        yield f"{name}.lora_B.weight", torch.zeros(module.out_features, module.rank)
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Adds each correction into its weight: computed in float32, rounded once to the weight's dtype."""

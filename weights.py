@@ -8,10 +8,11 @@ A model folder, as it lies on the hub:
     pytorch_model.bin, ...               the same as pickles, of which only tensors are read
     tokenizer.model                    LLaMA's SentencePiece model (data/text.py reads it)
 
-Loading goes shard by shard: the model is made without memory (on torch's meta
-device), each file is memory-mapped, each tensor is copied once, into its dtype and
-to its device, and becomes the parameter. So there is one copy of the model, and one
-shard, in memory. Every key of every file is either used or named in an error.
+Loading is a stream of (name, tensor): the model is made without memory (on torch's
+meta device), each file is memory-mapped, and each tensor is copied once, into the
+dtype and to the device of its place. So there is one copy of the model in memory, and
+where several processes share a model, each holds no more than its part. Every key of
+every file is either used or named in an error.
 
 The names of the language model's parts are the hub's own. Those of the vision tower
 and the abstractor are ours; the tables below say what they are called officially.
@@ -22,12 +23,12 @@ import math
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from abstractor import Abstractor, AbstractorConfig, sincos_1d, sincos_2d
@@ -470,19 +471,43 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     be read, a key that the model does not have, and a tensor that is missing or of another shape.
     """
     folder = Path(folder)
+    config = read_shape(folder)
+    with torch.device("meta"):
+        model = Owl(config).to(dtype)
+    fill(model, read_weights(folder, config), device)
+    model.tokenizer_folder = folder
+    return model.eval()
+
+
+def read_shape(folder: str | Path) -> OwlConfig:
+    """A model folder's configuration, as read_config has it, corrected by the weights that lie there.
+
+    Some Owl1 config files give the abstractor's MLP as 4096 wide while the weights are 2816: trust the weights.
+    """
+    folder = Path(folder)
     config = read_config(folder)
-    # Some Owl1 config files give the abstractor's MLP as 4096 wide while the weights are 2816: trust the weights.
     probe = official_name("abstractor.layers.0.mlp.w1.weight", config.style)
-    for path, keys in weight_map(folder).items():
+    try:
+        files = weight_map(folder)
+    except FileNotFoundError:
+        return config  # no weights yet: who wants to read them will be told
+    for path, keys in files.items():
         if keys is None or probe in keys:
             tensor = read_tensors(path).get(probe)
             if tensor is not None and tensor.dim() == 2:
                 config.abstractor.n_mlp = tensor.shape[0]
+    return config
+
+
+def read_weights(folder: str | Path, config: OwlConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yields (our name, tensor) for the whole model in a folder, one memory-mapped tensor at a time.
+
+    config: the folder's own, from read_shape. Raises as load_model does, the last of it at the end.
+    """
+    folder = Path(folder)
     with torch.device("meta"):
-        model = Owl(config)
-    expected = model.state_dict()
+        expected = Owl(config).state_dict()
     ours = {official_name(name, config.style): name for name in expected}
-    state = {}
     unknown = []
     for path, key, tensor in read_folder(folder):
         if ROTARY.search(key):
@@ -491,15 +516,51 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
         if name is None:
             unknown.append(f"{path.name}: {key}")
             continue
-        _check_shape(path, key, tensor, expected[name])
-        state[name] = tensor.to(device, dtype, copy=True)
+        _check_shape(path, key, tensor, expected.pop(name))
+        yield name, tensor
     _refuse_unknown(folder, unknown)
-    for name in expected:
-        if name not in state and name.endswith((".q_pos", ".k_pos")):
-            state[name] = position_codes(config.abstractor, name).to(device, dtype)
-    _assign(model, state, folder)
-    model.tokenizer_folder = folder
-    return model.eval()
+    for name in list(expected):
+        if name.endswith((".q_pos", ".k_pos")):  # computed where the files lack them
+            yield name, position_codes(config.abstractor, name)
+            del expected[name]
+    if expected:
+        name, tensor = next(iter(expected.items()))
+        more = f" (and {len(expected) - 1} more)" if len(expected) > 1 else ""
+        raise ValueError(f"{folder} lacks {official_name(name, config.style)}, of shape {list(tensor.shape)}{more}")
+
+
+def resized(tensors: Iterable[tuple[str, Tensor]], config: OwlConfig) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors for a model that sees images of config's size: positions interpolated, codes computed anew.
+
+    Owl2's stage 1 runs at 224 pixels, its stage 2 at 448. At the size that the tensors are for, nothing changes.
+    """
+    for name, tensor in tensors:
+        if name == "vit.position_embedding":
+            tensor = resize_positions(tensor, config.vit.n_token)
+        if name.endswith(".k_pos") and tensor.shape[0] != config.vit.n_token:
+            tensor = position_codes(config.abstractor, name)
+        yield name, tensor
+
+
+@torch.no_grad()
+def fill(
+    model: Owl,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str | torch.device,
+    part: Callable[[Tensor, Tensor], Tensor] = lambda tensor, place: tensor,
+) -> None:
+    """Gives a model made without memory (on the meta device) its memory, and copies each tensor to its place.
+
+    The places keep their dtypes. part(tensor, place): what of the tensor goes there; where several processes
+    share a model, only this one's share (parallel.share).
+    """
+    model.to_empty(device=device)
+    places = model.state_dict()
+    for name, tensor in tensors:
+        place = places.pop(name)
+        place.copy_(part(tensor, place))
+    if places:
+        raise ValueError(f"nothing was read for {next(iter(places))}")
 
 
 def load_non_lora(model: Owl, folder: str | Path) -> None:
@@ -553,19 +614,6 @@ def _refuse_unknown(folder: Path, unknown: list[str]) -> None:
         raise ValueError(f"{folder} has tensors that the model does not: {', '.join(unknown[:5])}{more}")
 
 
-def _assign(model: Owl, state: dict[str, Tensor], folder: Path) -> None:
-    """Makes the tensors the model's own; ValueError if any is missing."""
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in state]
-    if missing:
-        name = missing[0]
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{folder} lacks {official_name(name, model.config.style)}, of shape {list(expected[name].shape)}{more}"
-        )
-    model.load_state_dict(state, strict=True, assign=True)
-
-
 def save_model(model: Owl, folder: str | Path) -> None:
     """Writes a model folder in the official layout: sharded safetensors, index, config.json, tokenizer files.
 
@@ -616,27 +664,11 @@ def write_json(path: Path, content: dict) -> None:
     part.replace(path)
 
 
-def resize_images(model: Owl, image_size: int) -> None:
-    """Lets the model see images of another size: position embeddings are interpolated, codes computed anew.
-
-    Owl2's stage 1 runs at 224 pixels, its stage 2 at 448. Raises ValueError if patches do not tile the size.
-    """
-    config = model.config
-    if image_size == config.image_size:
-        return
-    config.resize(image_size)
-    table = resize_positions(model.vit.position_embedding.data, config.vit.n_token)
-    model.vit.position_embedding = nn.Parameter(table)
-    if config.style == "owl2":
-        for layer in model.abstractor.layers:
-            layer.attn.k_pos = position_codes(config.abstractor, ".k_pos").to(layer.attn.k_pos)
-
-
 # --- the starting points of stage 1 ------------------------------------------------------------------
 
 
-def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Owl:
-    """Makes an owl for stage 1 from CLIP's vision tower and a LLaMA, in float32; the abstractor is random.
+def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (our name, tensor) for an owl that begins with CLIP's vision tower and a LLaMA; the abstractor is random.
 
     clip: a folder like openai/clip-vit-large-patch14. llama: a folder like huggyllama/llama-7b (Owl1) or
     meta-llama/Llama-2-7b-hf (Owl2). The image halves of the modality-adaptive module start as copies of
@@ -646,16 +678,13 @@ def start_from(config: OwlConfig, clip: str | Path, llama: str | Path) -> Owl:
     Raises as load_model does.
     """
     with torch.device("meta"):
-        model = Owl(config)
+        expected = Owl(config).state_dict()
     abstractor = Abstractor(config.abstractor)
     init_weights(abstractor)
-    state = {f"abstractor.{name}": tensor for name, tensor in abstractor.state_dict().items()}
-    expected = model.state_dict()
-    state |= read_clip(Path(clip), config.vit, expected)
-    state |= read_llama(Path(llama), expected)
-    _assign(model, state, Path(llama))
-    model.tokenizer_folder = Path(llama)
-    return model
+    for name, tensor in abstractor.state_dict().items():
+        yield f"abstractor.{name}", tensor
+    yield from read_clip(Path(clip), config.vit, expected)
+    yield from read_llama(Path(llama), expected)
 
 
 class Parts:
@@ -678,13 +707,12 @@ class Parts:
         _refuse_unknown(self.folder, [f"{path.name}: {key}" for key, (path, _) in self.found.items()])
 
 
-def read_clip(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_clip(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """CLIP's vision tower under our names; the text tower is passed over."""
     parts = Parts(folder)
     for key in list(parts.found):
         if key.startswith(CLIP_UNUSED):
             parts.take(key)
-    state = {}
     for name, tensor in expected.items():
         if not name.startswith("vit."):
             continue
@@ -710,25 +738,21 @@ def read_clip(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -> d
                 value = resize_positions(table[None], config.n_token)
             else:
                 value = parts.take(key, tensor.shape)
-        state[name] = value.to(torch.float32, copy=True)
+        yield name, value
     parts.finish()
-    return state
 
 
-def read_llama(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_llama(folder: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A plain LLaMA under our names; both halves of the modality-adaptive module get the one weight there is."""
     parts = Parts(folder)
-    state = {}
     for name, tensor in expected.items():
-        if not name.startswith("llama."):
-            continue
-        text_name = name.replace(".multiway.1.", ".multiway.0.")
-        if text_name in state:
-            state[name] = state[text_name].clone()
+        if not name.startswith("llama.") or ".multiway.1." in name:
             continue
         key = name.removeprefix("llama.").replace(".multiway.0.", ".")
         if not key.startswith("lm_head."):
             key = "model." + key
-        state[name] = parts.take(key, tensor.shape).to(torch.float32, copy=True)
+        value = parts.take(key, tensor.shape)
+        yield name, value
+        if ".multiway.0." in name:
+            yield name.replace(".multiway.0.", ".multiway.1."), value
     parts.finish()
-    return state

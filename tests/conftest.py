@@ -15,7 +15,7 @@ from abstractor import AbstractorConfig  # noqa: E402
 from llama import LlamaConfig  # noqa: E402
 from model import IMAGE_ID, Owl, OwlConfig, owl1, owl2  # noqa: E402
 from vit import ViTConfig  # noqa: E402
-from weights import load_model  # noqa: E402
+from weights import fill, load_model  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_FOLDERS = ("owl1", "owl2", "owl2-bin-shards")
@@ -46,6 +46,14 @@ def make_owl(config: OwlConfig, seed: int = 0) -> Owl:
             width = parameter.shape[1] if parameter.dim() == 2 else parameter.shape[-1]
             parameter.normal_(std=1.2 / width**0.5, generator=generator)
     return model.eval()
+
+
+def build(config: OwlConfig, tensors) -> Owl:
+    """An owl of float32 weights from a stream of (name, tensor)."""
+    with torch.device("meta"):
+        model = Owl(config)
+    fill(model, tensors, "cpu")
+    return model
 
 
 def make_row(config: OwlConfig, length: int, n_image: int, generator: torch.Generator) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import weights
+from conftest import build
 from llama import AdaptiveLinear, AdaptiveRMSNorm, Split
 from model import IGNORE, IMAGE_ID, PRESETS, Owl
 from vit import resize_positions
@@ -588,7 +589,7 @@ def test_starting_points_equal_transformers(tiny_config, tmp_path, style, n_kv_h
     llama = save_llama(tmp_path / "llama", num_key_value_heads=n_kv_head, rope_theta=rope_theta)
     clip = save_clip(tmp_path / "clip")
     config = starting_config(tiny_config, style, n_kv_head=n_kv_head, rope_theta=rope_theta)
-    model = weights.start_from(config, tmp_path / "clip", tmp_path / "llama").eval()
+    model = build(config, weights.start_from(config, tmp_path / "clip", tmp_path / "llama")).eval()
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 97, (2, 21), generator=generator)
@@ -620,7 +621,7 @@ def test_starting_positions_are_interpolated(tiny_config, tmp_path):
     save_llama(tmp_path / "llama")
     clip = save_clip(tmp_path / "clip")
     config = starting_config(tiny_config, "owl2", image_size=32)
-    model = weights.start_from(config, tmp_path / "clip", tmp_path / "llama")
+    model = build(config, weights.start_from(config, tmp_path / "clip", tmp_path / "llama"))
     table = clip.vision_model.embeddings.position_embedding.weight.detach()
     grid = table[1:].T.reshape(1, 24, 4, 4)
     grid = F.interpolate(grid, size=(8, 8), mode="bicubic", align_corners=False)

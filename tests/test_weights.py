@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import weights
 from abstractor import sincos_1d, sincos_2d
+from conftest import build
 from vit import resize_positions
 
 FOLDERS = ("owl1", "owl2", "owl2-bin-shards")
@@ -425,21 +426,19 @@ def test_config_lies_about_the_width_of_the_abstractor(copied, golden_folder, fo
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("size", [8, 32])
-def test_resize_images(tiny_config, tiny_owl, tmp_path, style, size):
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_resized(tiny_config, tiny_owl, tmp_path, style, size):
     """Positions are interpolated, codes made for the new grid; the rest stays, and it can be trained and saved."""
-    model = tiny_owl(tiny_config(style))
-    before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="patch"):
-        weights.resize_images(model, 20)
-    with pytest.raises(ValueError):
-        weights.resize_images(model, 0)
-    weights.resize_images(model, 16)
-    assert same_state(model, before)
-    weights.resize_images(model, size)
+    before = tiny_owl(tiny_config(style))
+    config = copy.deepcopy(before.config)
+    for wrong in (20, 0):
+        with pytest.raises(ValueError):
+            config.resize(wrong)
+    config.resize(size)
+    model = build(config, weights.resized(before.state_dict().items(), config))
+    if size == 16:
+        assert same_state(model, before)
     n_token = 1 + (size // 8) ** 2
-    assert model.config.image_size == size
-    assert isinstance(model.vit.position_embedding, torch.nn.Parameter)
     assert torch.equal(model.vit.position_embedding, resize_positions(before.vit.position_embedding.data, n_token))
     for name, tensor in before.state_dict().items():
         if name != "vit.position_embedding" and not name.endswith(".k_pos"):
@@ -447,6 +446,7 @@ def test_resize_images(tiny_config, tiny_owl, tmp_path, style, size):
     if style == "owl2":
         for layer in model.abstractor.layers:
             assert torch.equal(layer.attn.k_pos, sincos_2d(size // 8, 16))
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.encode_images(torch.zeros(1, 3, size, size)).shape == (1, 4, 32)
     weights.save_model(model, tmp_path)
     again = weights.load_model(tmp_path)
@@ -454,10 +454,12 @@ def test_resize_images(tiny_config, tiny_owl, tmp_path, style, size):
     assert same_state(again, model)
 
 
-def test_resize_images_keeps_the_dtype(tiny_config, tiny_owl):
-    model = tiny_owl(tiny_config("owl2")).bfloat16()
-    weights.resize_images(model, 32)
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+def test_fill_wants_a_tensor_for_every_place(tiny_config, tiny_owl):
+    model = tiny_owl(tiny_config("owl2"))
+    tensors = model.state_dict()
+    del tensors["llama.norm.weight"]
+    with pytest.raises(ValueError, match="llama.norm.weight"):
+        build(model.config, tensors.items())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -834,7 +836,7 @@ def starting_points(tiny_config, tiny_owl, tmp_path):
 def test_starting_points_as_files(starting_points):
     """The vision tower comes back bit for bit, and the text halves of the decoder."""
     config, clip, llama, source = starting_points
-    model = weights.start_from(config, clip, llama)
+    model = build(config, weights.start_from(config, clip, llama))
     for name, tensor in source.state_dict().items():
         if name.startswith("vit.") or (name.startswith("llama.") and ".multiway.1" not in name):
             assert torch.equal(model.state_dict()[name], tensor), name
@@ -872,7 +874,7 @@ def test_spoilt_starting_points(starting_points, which, key, shape):
         tensors[key] = torch.zeros(shape)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError) as caught:
-        weights.start_from(config, clip, llama)
+        list(weights.start_from(config, clip, llama))
     assert key in str(caught.value)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -883,7 +885,7 @@ def test_starting_points_that_are_not_there(starting_points, tmp_path, which):
     config, clip, llama, _ = starting_points
     places = {"clip": clip, "llama": llama} | {which: tmp_path / "nowhere"}
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        weights.start_from(config, **places)
+        list(weights.start_from(config, **places))
 
 
 def test_what_a_lora_run_trained_beside_its_adapter_is_loaded(tmp_path):
