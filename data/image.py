@@ -19,6 +19,7 @@ All resizes are Pillow's bicubic on 8-bit values, as in the released code: PyTor
 
 import math
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +40,24 @@ MAX_PIXELS = 100_000_000  # of any image on the way: 400 MB in Pillow
 # From a file to upright RGB
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Reads an image file as upright 8-bit RGB, an animation's first frame; ValueError if that cannot be done."""
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Reads an image as upright 8-bit RGB, an animation's first frame; ValueError if that cannot be done.
+
+    source: an image file's path, or its content.
+    """
+    name = "" if isinstance(source, bytes) else f" {source}"
     try:
-        if not Path(path).exists():
-            raise ValueError("there is no such file")
-        if not Path(path).is_file():
-            raise ValueError("not a file")  # opening a pipe would wait for ever
+        if not isinstance(source, bytes):
+            if not Path(source).exists():
+                raise ValueError("there is no such file")
+            if not Path(source).is_file():
+                raise ValueError("not a file")  # opening a pipe would wait for ever
         with warnings.catch_warnings():
             # Pillow refuses an image of 179 million pixels and only warns of one of 90 million: refuse both.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # An open file, not its path: from a path Pillow reads some rotated TIFFs in scrambled order.
-            with open(path, "rb") as file, Image.open(file) as image:
+            opened = BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+            with opened as file, Image.open(file) as image:
                 if image.format == "EPS":
                     raise ValueError("PostScript is a program, and reading it would run it")
                 return to_rgb(image)
@@ -60,7 +67,7 @@ def load_image(path: str | Path) -> Image.Image:
         # What Pillow raises for a broken file depends on where it is broken: OSError, SyntaxError, struct.error, ...
         reason = str(error) or type(error).__name__
     reason = " ".join(reason.split())
-    raise ValueError(f"Cannot read the image {path}: {reason}")
+    raise ValueError(f"Cannot read the image{name}: {reason}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

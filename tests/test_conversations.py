@@ -1,6 +1,10 @@
-"""From a data file to batches: what becomes a sample, what is skipped and why, and in which order they come."""
+"""From data files and tar shards to batches: what becomes a sample, what is skipped and why."""
 
+import io
 import json
+import os
+import tarfile
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +12,18 @@ from PIL import Image
 
 from conftest import GOLDEN
 from data.check import check, marked
-from data.conversations import Conversations, Order, Sample, Skipped, collate, loader, read_rows
+from data.conversations import (
+    CAPTION_REQUEST,
+    Conversations,
+    Sample,
+    Skipped,
+    collate,
+    is_shards,
+    merge_by_image,
+    read_rows,
+)
+from data.image import load_image, to_pixels
+from data.mix import Mixture
 from data.text import OWL1_SYSTEM, Tokenizer
 from model import IGNORE, IMAGE_ID
 
@@ -37,15 +52,40 @@ def folder(tmp_path):
 def open_data(folder, tokenizer):
     """open_data(rows, style="owl2", ...) -> Conversations over these rows, written to a file first."""
 
-    def make(rows, style="owl2", name="data.json", max_length=200, crop_scale=None):
+    def make(rows, style="owl2", name="data.json", max_length=200, crop_scale=None, merge=False):
         path = folder / name
         if name.endswith(".jsonl"):
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         else:
             path.write_text(json.dumps(rows), encoding="utf-8")
-        return Conversations(path, tokenizer, style, WORDS, SIZE, max_length, "stretch", crop_scale=crop_scale)
+        return Conversations(
+            path, tokenizer, style, WORDS, SIZE, max_length, "stretch", crop_scale=crop_scale, merge=merge
+        )
 
     return make
+
+
+@pytest.fixture
+def open_tar(folder, tokenizer):
+    """open_tar(samples, ...) -> Conversations over a shard of these samples, {extension: content} each."""
+
+    def make(samples, style="owl2", crop_scale=None, max_length=200):
+        write_tar(folder / "00000.tar", samples)
+        return Conversations(
+            folder / "00000.tar", tokenizer, style, WORDS, SIZE, max_length, "stretch", crop_scale=crop_scale
+        )
+
+    return make
+
+
+def write_tar(path, samples):
+    """A shard as img2dataset writes it."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{number:09}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def talk(*turns: str) -> list[dict]:
@@ -141,6 +181,8 @@ def test_windows_line_ends_blank_lines_and_odd_line_separators_do_not_break_a_js
         ("{}", "a list"),
         ('[{"a": 1}', "not valid JSON"),
         (b"\xff\xfe[", "not valid JSON"),
+        ("[" + "9" * 5000 + "]", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_file_that_is_no_data_file_is_one_sentence(tmp_path, content, reason):
@@ -202,6 +244,9 @@ BAD_ROWS = {
     "path too long": ({"image": "a" * 300, "conversations": talk(QUESTION, "a")}, None, "aaa"),
     "fewer images than marks": ({"image": "red.png", "conversations": talk("<image><image>?", "a")}, "malformed row", "marks 2 images and has 1"),
     "more images than marks": ({"image": "red.png", "conversations": talk("What?", "a")}, "malformed row", "marks 0 images and has 1"),
+    "half a character in a path": ({"image": "\ud83d.png", "conversations": talk(QUESTION, "a")}, None, "\\ud83d"),
+    "a line break in a path": ({"image": "a\nb.png", "conversations": talk(QUESTION, "a")}, "missing image", "a b.png"),
+    "a whole image for a path": ({"image": "a" * 10**5, "conversations": talk(QUESTION, "a")}, None, "aaa"),
     "no image at all": ({"conversations": talk(QUESTION, "a")}, "malformed row", "marks 1 images and has 0"),
     "image is a number": ({"image": 3, "conversations": talk(QUESTION, "a")}, "malformed row", "image"),
     "image list with a number": ({"image": ["red.png", 3], "conversations": talk(QUESTION, "a")}, "malformed row", "image"),
@@ -238,8 +283,9 @@ def test_a_row_that_cannot_be_used_is_skipped_by_name(open_data, folder, style, 
     skipped = data[0, 1]
     assert isinstance(skipped, Skipped)
     assert kind is None or skipped.kind == kind
-    assert skipped.reason.startswith("row 1")
+    assert skipped.reason.startswith(f"{folder / 'data.json'}, row 1")
     assert words in skipped.reason and "\n" not in skipped.reason
+    assert skipped.reason.encode() and len(skipped.reason) < 600
     if isinstance(row, dict):
         assert "the-bad-one" in skipped.reason
     assert isinstance(data[0, 0], Sample) and isinstance(data[0, 2], Sample)
@@ -247,49 +293,66 @@ def test_a_row_that_cannot_be_used_is_skipped_by_name(open_data, folder, style, 
 
 def test_a_broken_line_is_skipped_with_its_number(folder, tokenizer):
     good = json.dumps({"conversations": talk("a", "b")})
-    (folder / "lines.jsonl").write_text(f"{good}\n\n{good[:-5]}\n{good}\n")
+    bad = [good[:-5], '{"id": ' + "9" * 5000 + "}", "[" * 100_000]  # cut, a number too long to read, too deep
+    (folder / "lines.jsonl").write_text("\n".join([good, "", *bad, good]))
     data = Conversations(folder / "lines.jsonl", tokenizer, "owl2", WORDS, SIZE, 200, "stretch")
-    assert len(data) == 3
-    skipped = data[0, 1]
-    assert skipped.kind == "malformed row" and "row 1" in skipped.reason and "line 3" in skipped.reason
-    assert isinstance(data[0, 2], Sample)
+    assert len(data) == 5
+    for index in (1, 2, 3):
+        skipped = data[0, index]
+        assert skipped.kind == "malformed row"
+        assert f"row {index}" in skipped.reason and f"line {index + 2}" in skipped.reason
+    assert isinstance(data[0, 4], Sample)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Batches
 
 
-def test_collate_pads_on_the_right_and_counts(open_data):
+@pytest.mark.parametrize("style", STYLES)
+def test_collate_packs_the_samples_one_after_the_other_and_counts(open_data, style):
     rows = [
         {"conversations": talk("a", "b")},
         {"image": "gone.png", "conversations": talk("<image>x", "y")},
-        {"image": ["red.png", "blue.png"], "conversations": talk("<image><image>What are these things?", "two squares")},
-        {"image": "green.png", "conversations": talk("<image>x", "y")},
+        {"image": ["red.png", "blue.png"], "conversations": talk("<image><image>What are they?", "two squares")},
+        {"image": "green.png", "conversations": talk("<image>x", "y", "z", "w")},
     ]
-    data = open_data(rows)
+    data = open_data(rows, style)
     samples = [data[0, index] for index in range(4)]
     batch = collate(samples)
     used = [samples[0], samples[2], samples[3]]
-    assert batch.ids.shape == batch.labels.shape == (3, max(len(sample.ids) for sample in used))
+    lengths = [len(sample.ids) for sample in used]
+    assert batch.ids.shape == batch.labels.shape == (1, sum(lengths))
     assert batch.ids.dtype == batch.labels.dtype == torch.int64
-    for row, sample in enumerate(used):
-        length = len(sample.ids)
-        assert batch.ids[row, :length].tolist() == sample.ids
-        assert batch.labels[row, :length].tolist() == sample.labels
-        assert (batch.labels[row, length:] == IGNORE).all()
-        assert (batch.ids[row, length:] >= 0).all()  # padding is no image
+    assert batch.starts.dtype == torch.int32
+    assert batch.starts.tolist() == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]
+    assert batch.longest == max(lengths)
+    for start, end, sample in zip(batch.starts, batch.starts[1:], used):
+        assert batch.ids[0, start:end].tolist() == sample.ids
+        assert batch.labels[0, start:end].tolist() == [IGNORE, *sample.labels[1:]]
     torch.testing.assert_close(batch.images, torch.cat([samples[2].images, samples[3].images]), rtol=0, atol=0)
-    assert batch.n_supervised == int((batch.labels[:, 1:] != IGNORE).sum())
-    assert batch.n_token == sum(len(sample.ids) for sample in used)
+    assert batch.n_sample == 3
+    assert batch.n_supervised == int((batch.labels[:, 1:] != IGNORE).sum()) > 0
+    assert batch.n_token == sum(lengths)
     assert batch.skipped == [samples[1]]
+
+
+def test_no_sample_is_asked_to_foresee_the_next():
+    """Even if a sample's own first label were supervised: nothing of its own comes before it."""
+    samples = [Sample([5, 6, 7], [5, IGNORE, 7], torch.empty(0, 3, SIZE, SIZE)) for _ in range(3)]
+    batch = collate(samples)
+    assert batch.labels.tolist() == [[IGNORE, IGNORE, 7] * 3]
+    assert batch.starts.tolist() == [0, 3, 6, 9]
+    assert batch.n_supervised == 3
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_batch_of_nothing_but_skipped_rows_teaches_nothing(tiny_config, tiny_owl, style):
     """Its loss is 0, not NaN, and every gradient is zero or absent."""
     batch = collate([Skipped("missing image", "row 3: gone"), Skipped("too long", "row 4: long")])
-    assert batch.n_supervised == 0 and batch.n_token == 0 and len(batch.skipped) == 2
+    assert batch.n_supervised == batch.n_token == batch.n_sample == 0 and len(batch.skipped) == 2
     assert batch.images is None
+    assert batch.ids.shape == batch.labels.shape == (1, 1) and batch.labels.item() == IGNORE
+    assert batch.starts.tolist() == [0, 1] and batch.starts.dtype == torch.int32 and batch.longest == 1
     model = tiny_owl(tiny_config(style)).train()
     loss = model(batch.ids, batch.images, batch.labels)[1]
     assert loss.item() == 0
@@ -304,81 +367,275 @@ def test_a_text_only_batch_has_no_images(open_data):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Order
+# Captions
 
 
-def keys_of(n, steps, seed=0, per_step=8, micro=8, rank=0, world=1):
-    return [key for keys in Order(n, seed, per_step, micro, rank, world, steps) for key in keys]
+def answer_of(sample: Sample, tokenizer: Tokenizer) -> str:
+    assert isinstance(sample, Sample), sample
+    return tokenizer.decode(supervised(sample)[:-1])
 
 
-def test_each_epoch_is_another_permutation():
-    n = 12
-    keys = keys_of(n, range(6), per_step=8)  # 48 samples, four epochs; steps do not end where epochs do
-    indices = [index for _, index in keys]
-    epochs = [indices[i * n : (i + 1) * n] for i in range(4)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(n))
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    assert keys == keys_of(n, range(6), per_step=8)
-    assert keys != keys_of(n, range(6), per_step=8, seed=1)
-    assert len({seed for seed, _ in keys}) == len(keys)  # each draws its own crop
+@pytest.mark.parametrize("style", STYLES)
+def test_a_caption_is_the_answer_to_the_request(open_data, style):
+    captioned = {"image": "red.png", "caption": "  A red\n square. "}
+    spelt = {"image": "red.png", "conversations": talk(f"<|image|>{CAPTION_REQUEST}", "A red square.")}
+    data = open_data([captioned, spelt, {**captioned, "caption": ["A red square."]}], style)
+    first = data[0, 0]
+    for index in (1, 2):
+        other = data[0, index]
+        assert first.ids == other.ids and first.labels == other.labels
+        assert first.images.equal(other.images)
 
 
-def test_a_batch_larger_than_the_data_takes_several_epochs():
-    indices = [index for _, index in keys_of(3, range(2), per_step=8)]
-    assert sorted(indices[:3]) == sorted(indices[3:6]) == sorted(indices[9:12]) == [0, 1, 2]
+def test_chance_picks_one_of_several_captions_by_the_samples_seed(open_data, tokenizer):
+    captions = ["one", "two", "three", "four"]
+    data = open_data([{"image": "red.png", "caption": captions}])
+    drawn = [answer_of(data[seed, 0], tokenizer) for seed in range(400)]
+    assert drawn == [answer_of(data[seed, 0], tokenizer) for seed in range(400)]
+    counts = Counter(drawn)
+    assert counts.keys() == set(captions)
+    assert all(70 < count < 130 for count in counts.values())
+    for seed in (-1, 2**33, 2**62):
+        assert answer_of(data[seed, 0], tokenizer) in captions
 
 
-def test_any_start_continues_the_same_row():
-    whole = keys_of(10, range(9))
-    for start in range(9):
-        assert keys_of(10, range(start, 9)) == whole[start * 8 :]
+BAD_CAPTIONS = {
+    "no image": ({"caption": "A cat."}, "no image"),
+    "two images": ({"image": ["red.png", "blue.png"], "caption": "A cat."}, "marks 1 images and has 2"),
+    "empty": ({"image": "red.png", "caption": " \n"}, "empty"),
+    "one of several is empty": ({"image": "red.png", "caption": ["A cat.", ""]}, "empty"),
+    "no caption at all": ({"image": "red.png", "caption": []}, "caption should be"),
+    "a number": ({"image": "red.png", "caption": 5}, "caption should be"),
+    "a number among them": ({"image": "red.png", "caption": ["A cat.", None]}, "caption should be"),
+    "a placeholder": ({"image": "red.png", "caption": "A cat <image>."}, "placeholder"),
+    "the other placeholder": ({"image": "red.png", "caption": ["A cat.", "<|image|>"]}, "placeholder"),
+    "half a character": ({"image": "red.png", "caption": "\ud83d"}, "half a character"),
+    "null": ({"image": "red.png", "caption": None}, "conversation"),
+}
 
 
-@pytest.mark.parametrize("world, micro", [(1, 1), (1, 4), (2, 4), (2, 2), (2, 1), (4, 2), (8, 1)])
-def test_processes_and_micro_batches_share_out_the_same_samples(world, micro):
-    """Step by step, the ranks' parts together are the single process's samples, seeds included, each once."""
-    steps = range(3, 8)
-    single = keys_of(11, steps)
-    ranks = [list(Order(11, 0, 8, micro, rank, world, steps)) for rank in range(world)]
-    per_rank = 8 // world // micro
-    for i in range(len(steps)):
-        parts = [key for rank in ranks for keys in rank[i * per_rank : (i + 1) * per_rank] for key in keys]
-        assert sorted(parts) == sorted(single[i * 8 : (i + 1) * 8])
-    for rank in ranks:
-        assert len(rank) == len(steps) * per_rank
-        assert all(len(keys) == micro for keys in rank)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("case", BAD_CAPTIONS)
+def test_an_unusable_caption_is_a_malformed_row_whatever_the_seed(open_data, style, case):
+    row, words = BAD_CAPTIONS[case]
+    data = open_data([row], style)
+    for seed in range(4):
+        skipped = data[seed, 0]
+        assert isinstance(skipped, Skipped) and skipped.kind == "malformed row"
+        assert words in skipped.reason and "row 0" in skipped.reason and "\n" not in skipped.reason
 
 
-@pytest.mark.parametrize("seed", [0, -1, 20240101, 2**40])
-def test_crops_are_reproducible_and_new_in_each_epoch(open_data, seed):
-    """For any seed a person would choose; images without crops ignore the seed."""
-    row = {"image": ["noise.png", "noise.png"], "conversations": talk("<image><image>What?", "noise")}
-    data = open_data([row], crop_scale=0.3)
-    keys = keys_of(1, range(3), seed=seed, per_step=1, micro=1)
-    samples = [data[key] for key in keys]
-    for key, sample in zip(keys, samples):
-        assert isinstance(sample, Sample), sample
-        torch.testing.assert_close(data[key].images, sample.images, rtol=0, atol=0)
-        assert not torch.equal(sample.images[0], sample.images[1])
-    assert not torch.equal(samples[0].images, samples[1].images)
-    assert not torch.equal(samples[1].images, samples[2].images)
-    plain = open_data([row])
-    torch.testing.assert_close(plain[1, 0].images, plain[2, 0].images, rtol=0, atol=0)
+def test_a_conversation_goes_before_a_caption(open_data, tokenizer):
+    row = {"image": "red.png", "caption": "not this", "conversations": talk("<image>What?", "this")}
+    assert answer_of(open_data([row])[0, 0], tokenizer) == "this"
 
 
-def test_worker_processes_give_the_same_batches(open_data):
-    rows = [{"id": i, "image": "noise.png", "conversations": talk("<image>What?", "word " * (i + 1))} for i in range(6)]
-    rows[2]["image"] = "gone.png"
-    data = open_data(rows, crop_scale=0.5)
-    order = Order(6, 0, 4, 2, 0, 1, range(4))
-    alone = list(loader(data, order, 0, False))
-    helped = list(loader(data, order, 1, False))
-    assert len(alone) == len(helped) == 8
-    for a, b in zip(alone, helped):
-        assert a.ids.equal(b.ids) and a.labels.equal(b.labels)
-        assert (a.images is None and b.images is None) or a.images.equal(b.images)
-        assert a.n_supervised == b.n_supervised and a.skipped == b.skipped
+# ----------------------------------------------------------------------------------------------------
+# Rows about one image
+
+
+def turns_of(row: dict) -> list[str]:
+    return [turn["value"] for turn in row["conversations"]]
+
+
+def test_conversations_about_one_image_become_one_in_the_files_order():
+    rows = [
+        {"id": 1, "image": "a.png", "conversations": talk("<image>\nWhat?", "A cat.", "Sure?", "Yes.")},
+        {"id": 2, "image": "b.png", "conversations": talk("<image>Other?", "No.")},
+        {"id": 3, "image": ["a.png"], "conversations": talk("Where?\n<|image|>", "On a mat.")},
+        {"id": 4, "image": "a.png", "conversations": talk("Is <image> it?", "It is.", "Who?", "Me.")},
+    ]
+    before = json.dumps(rows)
+    merged = merge_by_image(rows)
+    assert json.dumps(rows) == before  # the rows themselves are untouched
+    assert [row["id"] for row in merged] == [1, 2]
+    asked = ["<image>\nWhat?", "A cat.", "Sure?", "Yes.", "Where?", "On a mat.", "Is it?", "It is.", "Who?", "Me."]
+    assert turns_of(merged[0]) == asked
+    assert [turn["from"] for turn in merged[0]["conversations"]] == ["human", "gpt"] * 5
+    assert merged[1] == rows[1]
+    assert merge_by_image(merged) == merged
+
+
+def test_only_what_is_beyond_doubt_is_merged():
+    """Other rows stay as they are, in their places, among them all that are malformed."""
+    good = {"image": "a.png", "conversations": talk("<image>What?", "A cat.")}
+    others = [
+        {"conversations": talk("text", "only")},
+        {"image": ["a.png", "a.png"], "conversations": talk("<image><image>Same?", "Yes.")},
+        {"image": "a.png", "conversations": talk("Hm.", "Yes?", "<image>What?", "A cat.")},
+        {"image": "a.png", "conversations": talk("What?", "A cat.")},
+        {"image": "a.png", "conversations": talk("<image>What <image>?", "A cat.")},
+        {"image": "a.png", "conversations": talk("<image>What?", "A <image>.")},
+        {"image": "a.png", "conversations": talk("<image>\n", "A question that is the image alone.")},
+        {"image": "a.png", "conversations": talk("<image>What?", " ")},
+        {"image": "a.png", "conversations": talk("<image>What?", "\ud83d")},
+        {"image": "a.png", "conversations": talk("<image>What?")},
+        {"image": "a.png", "conversations": 5},
+        {"image": 5, "conversations": talk("<image>What?", "A cat.")},
+        {"image": "a.png", "caption": "A cat."},
+        {"image": "a.png", "text": f"{OWL1_SYSTEM}\nHuman: <image>\nHuman: What?\nAI: A cat."},
+        {"image": "a.png"},
+        "line 3 is not valid JSON",
+        None,
+    ]
+    both = {**good, "conversations": good["conversations"] + talk("What?", "A cat.")}
+    assert merge_by_image([good, *others, good]) == [both, *others]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_merged_rows_are_samples_like_others(open_data, style):
+    rows = [{"id": i, "image": "red.png", "conversations": talk("<image>What?", f"a{i}")} for i in range(3)]
+    whole = {"image": "red.png", "conversations": talk("<image>What?", "a0", "What?", "a1", "What?", "a2")}
+    merged = open_data(rows, style, merge=True)
+    assert len(merged) == 1 and len(open_data(rows, style)) == 3
+    sample, expected = merged[0, 0], open_data([whole], style, name="whole.json")[0, 0]
+    assert sample.ids == expected.ids and sample.labels == expected.labels and sample.images.equal(expected.images)
+    gone = [{**row, "image": "gone.png"} for row in rows]
+    assert "merged row 0 (id 0): there is no image" in open_data(gone, style, merge=True)[0, 0].reason
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tar shards
+
+
+def test_what_is_a_pattern_of_shards():
+    for path in ("a.tar", "a/*.tar", "a/0000?.tar", "a/[01].tar", "a/*"):
+        assert is_shards(path)
+    for path in ("a.json", "a.jsonl", "tar/a.json", "a.tar.json"):
+        assert not is_shards(path)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_tar_samples_from_end_to_end(open_tar, open_data, folder, tokenizer, style):
+    """Each way to write a sample gives what the same row of a file gives; several captions are drawn from."""
+    red, noise = ((folder / name).read_bytes() for name in ("red.png", "noise.png"))
+    Image.open(folder / "noise.png").save(folder / "noise.webp", lossless=True)
+    webp = (folder / "noise.webp").read_bytes()
+    conversation = talk("<image>What?", "Noise.", "Sure?", "Yes.")
+    text = f"{OWL1_SYSTEM}\nHuman: <image>\nHuman: What?\nAI: Noise.\nHuman: Sure?\nAI: Yes."
+    tar = open_tar(
+        [
+            {"png": red, "txt": "Ein rotes Quadrat – ö.\n".encode()},
+            {"json": json.dumps({"caption": "A square.", "url": "x", "image": "y"}).encode(), "png": red, "txt": b"no"},
+            {"webp": webp, "json": json.dumps({"conversations": conversation}).encode()},
+            {"png": noise, "json": json.dumps({"text": text}).encode()},
+            {"png": red, "json": json.dumps({"caption": None, "text": None, "key": "3"}).encode(), "txt": b"From txt."},
+            {"json": json.dumps({"conversations": talk("a", "b")}).encode()},
+            {"PNG": red, "json": json.dumps({"caption": ["one", "two"]}).encode()},
+        ],
+        style,
+    )
+    rows = [
+        {"image": "red.png", "caption": "Ein rotes Quadrat – ö."},
+        {"image": "red.png", "caption": "A square."},
+        {"image": "noise.png", "conversations": conversation},
+        {"image": "noise.png", "text": text},
+        {"image": "red.png", "caption": "From txt."},
+        {"conversations": talk("a", "b")},
+        {"image": "red.png", "caption": ["one", "two"]},
+    ]
+    data = open_data(rows, style)
+    assert len(tar) == len(data) == 7
+    assert tar.broken == []
+    for index in range(7):
+        for seed in range(4):
+            sample, expected = tar[seed, index], data[seed, index]
+            assert isinstance(sample, Sample), sample
+            assert sample.ids == expected.ids and sample.labels == expected.labels
+            assert sample.images.equal(expected.images)
+    assert {answer_of(tar[seed, 6], tokenizer) for seed in range(20)} == {"one", "two"}
+    assert tar[0, 3].images[0].equal(to_pixels(load_image(folder / "noise.png"), SIZE, "stretch"))
+
+
+@pytest.mark.parametrize(
+    "sample, kind, words",
+    [
+        ({"png": b"no image", "txt": b"A cat."}, "unreadable image", "Cannot read the image"),
+        ({"png": b"", "txt": b"A cat."}, "unreadable image", "Cannot read the image"),
+        ({"txt": b"A cat."}, "malformed row", "no image"),
+        ({"gif": b"GIF89a", "txt": b"A cat."}, "malformed row", "no image"),
+        ({"png": "red.png", "jpg": "red.png", "txt": b"A cat."}, "malformed row", "2 images"),
+        ({"png": "red.png"}, "malformed row", "neither"),
+        ({"png": "red.png", "json": b'{"url": "x"}'}, "malformed row", "neither"),
+        ({"png": "red.png", "txt": b" \n"}, "malformed row", "empty"),
+        ({"png": "red.png", "txt": b"A <image>."}, "malformed row", "placeholder"),
+        ({"png": "red.png", "txt": b"\xff\xfe"}, "malformed row", "not UTF-8"),
+        ({"png": "red.png", "json": b"{", "txt": b"A cat."}, "malformed row", ".json"),
+        ({"png": "red.png", "json": b"\xff\xff", "txt": b"A cat."}, "malformed row", ".json"),
+        ({"png": "red.png", "json": b"[" * 100_000}, "malformed row", ".json"),
+        ({"png": "red.png", "json": b'["A cat."]', "txt": b"A cat."}, "malformed row", "JSON object"),
+        ({"png": "red.png", "json": b'{"caption": 3}', "txt": b"A cat."}, "malformed row", "caption should be"),
+        ({"png": "red.png", "json": b'{"conversations": []}', "txt": b"A cat."}, "malformed row", "conversation"),
+        ({"png": "red.png", "json": b'{"text": "A cat."}', "txt": b"A cat."}, "malformed row", "conversation"),
+        ({"png": "red.png", "txt": b"word " * 300}, "too long", "200 positions"),
+    ],
+)
+def test_a_tar_sample_that_cannot_be_used_is_skipped_by_name(open_tar, folder, sample, kind, words):
+    """Its neighbours are untouched; a path in its .json is never opened, since its image is the member."""
+    red = (folder / "red.png").read_bytes()
+    sample = {suffix: red if content == "red.png" else content for suffix, content in sample.items()}
+    good = {"png": red, "txt": b"A cat."}
+    data = open_tar([good, sample, good])
+    skipped = data[0, 1]
+    assert isinstance(skipped, Skipped) and skipped.kind == kind
+    assert words in skipped.reason and "\n" not in skipped.reason
+    assert f"{folder / '00000.tar'}, sample 1: " in skipped.reason
+    assert isinstance(data[0, 0], Sample) and isinstance(data[0, 2], Sample)
+
+
+def test_a_shard_that_breaks_under_way_is_skipped_not_fatal(open_tar, folder):
+    """It was whole when the run began: now it is damaged in the middle, then cut, then gone."""
+    path = folder / "00000.tar"
+    data = open_tar([{"png": (folder / "red.png").read_bytes(), "txt": b"A cat."}] * 3)
+    whole = path.read_bytes()
+    time = path.stat().st_mtime_ns
+    at = whole.index(b"000000001.png")
+    path.write_bytes(whole[:at] + b"damaged" + whole[at + 7 :])
+    os.utime(path, ns=(time, time))
+    assert isinstance(data[0, 2], Sample)
+    skipped = [data[0, 1]]
+    path.write_bytes(whole[: len(whole) // 2])
+    skipped.append(data[0, 1])
+    path.unlink()
+    skipped.append(data[0, 1])
+    for sample in skipped:
+        assert isinstance(sample, Skipped) and sample.kind == "unreadable shard"
+        assert sample.reason.count("00000.tar, sample 1") == 1 and "\n" not in sample.reason
+
+
+@pytest.mark.parametrize("name", ["none.tar", "none/*.tar", "*.nothing"])
+def test_shards_that_are_not_there_are_one_sentence(folder, tokenizer, name):
+    with pytest.raises((FileNotFoundError, ValueError)) as error:
+        Conversations(folder / name, tokenizer, "owl2", WORDS, SIZE, 200, "stretch")
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def test_sizes_are_about_right_and_open_nothing(open_data, open_tar, folder):
+    rows = [
+        {"image": "gone.png", "conversations": talk("<image>" + "What is it? " * 4, "It is a cat. " * 4)},
+        {"conversations": talk("a " * 20, "b " * 20)},
+        {"image": ["gone.png"] * 3, "conversations": talk("<image>" * 3 + "word " * 10, "word " * 10)},
+        {"image": "gone.png", "caption": ["a caption of some words"] * 3},
+        {"conversations": talk("word " * 1000, "word " * 1000)},
+        {"text": "x" * 400},
+    ]
+    sizes = [open_data(rows).size(index) for index in range(6)]
+    assert sizes == [WORDS + (7 + 48 + 52) // 4, 20, 3 * WORDS + (21 + 100) // 4, WORDS + 23 // 4, 200, 100]
+    tar = open_tar([{"png": b"x", "txt": b"A cat."}, {"png": b"x", "txt": b"A cat. " * 100}])
+    (folder / "00000.tar").unlink()
+    assert tar.size(0) == tar.size(1) > WORDS
+
+
+def test_the_size_of_any_row_is_a_number_within_the_limit(open_data):
+    bad = [row for row, *_ in [*BAD_ROWS.values(), *BAD_CAPTIONS.values()]]
+    deep = json.loads("[" * 400 + "]" * 400)
+    bad += [{"conversations": deep}, {"image": ["x"] * 10_000}, {"caption": deep}, {"conversations": [deep, 3, "x"]}]
+    data = open_data(bad, max_length=50)
+    assert all(1 <= data.size(index) <= 50 for index in range(len(bad)))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -395,7 +652,7 @@ def test_check_reports_every_row_and_shows_what_is_supervised(open_data, capsys)
         {"image": "also-gone.png", "conversations": talk("<image>a", "b")},
     ]
     data = open_data(rows, max_length=60)
-    assert check(data, n_show=2) == 3
+    assert check(Mixture([data], [1.0]), n_show=2) == 3
     out = capsys.readouterr().out
     samples = [data[0, index] for index in (0, 1, 3)]
     n_supervised = sum(len(supervised(sample)) for sample in samples)
@@ -408,6 +665,24 @@ def test_check_reports_every_row_and_shows_what_is_supervised(open_data, capsys)
     assert "row 4: turn 1 is an empty answer" in out
     assert out.count("[[") == 2  # two samples shown, one answer each
     assert out.index("USER:") < out.index("6 rows")
+
+
+def test_check_goes_over_every_source_of_a_mixture(open_data, open_tar, folder, capsys):
+    rows = [{"image": "red.png", "conversations": talk("<image>a", "b")}, {"conversations": talk("a", "")}]
+    photo = (folder / "red.png").read_bytes()
+    tar = open_tar([{"png": photo, "txt": b"A square."}, {"png": b"no image", "txt": b"A square."}, {"png": photo}])
+    with open(folder / "00001.tar", "wb") as file:
+        file.write((folder / "00000.tar").read_bytes()[:2500])  # cut in its first image
+    several = Conversations(folder / "*.tar", tar.tokenizer, "owl2", WORDS, SIZE, 200, "stretch")
+    assert check(Mixture([open_data(rows), several], [1.0, 3.0])) == 1 + 2 + 1
+    out = capsys.readouterr().out
+    assert f"{folder / 'data.json'}: 25.00% of the samples" in out
+    assert f"{folder / '*.tar'}: 75.00% of the samples" in out
+    first, second = out.split(f"{folder / '*.tar'}:")
+    assert "2 rows: 1 usable (0 text only), 1 not" in first and "1 shards" not in first
+    assert "3 rows: 1 usable (0 text only), 2 not" in second
+    assert "1 x unreadable image" in second and "1 x malformed row" in second
+    assert "1 shards cannot be read to their end" in second and "00001.tar" in second
 
 
 def test_the_marked_text_brackets_the_supervised_tokens_alone(open_data, tokenizer):

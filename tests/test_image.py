@@ -227,6 +227,33 @@ def test_decompression_bomb(tmp_path, width, height):
     assert_refused(path, "decompression bomb")
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "webp"])
+def test_a_files_content_gives_what_the_file_gives(tmp_path, suffix):
+    """Upright as well: a tar's member is an image like any other."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"image.{suffix}"
+    noise(32, 16).save(path, **({} if suffix == "gif" else {"exif": exif}))
+    image = load_image(path.read_bytes())
+    assert image.tobytes() == load_image(path).tobytes()
+    assert image.size == ((32, 16) if suffix == "gif" else (16, 32))
+
+
+def test_content_is_refused_as_files_are(tmp_path):
+    """Nothing, no image, half an image, PostScript, a bomb: a sentence each, and none of the content in it."""
+    noise(40, 40).save(tmp_path / "image.png")
+    noise(8, 8).save(tmp_path / "image.eps")
+    half = (tmp_path / "image.png").read_bytes()[:2000]
+    cases = {b"": "unknown format", b"hello": "unknown format", half: "truncated"}
+    cases[(tmp_path / "image.eps").read_bytes()] = "PostScript"
+    cases[png_header(10_000, 10_000)] = cases[png_header(60_000, 60_000)] = "decompression bomb"
+    for content, reason in cases.items():
+        with pytest.raises(ValueError, match=reason) as caught:
+            load_image(content)
+        message = str(caught.value)
+        assert message.startswith("Cannot read the image: ") and "\n" not in message and len(message) < 300
+
+
 def test_zero_size(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png_header(0, 5))
