@@ -26,8 +26,11 @@ from tqdm import tqdm
 from data.conversations import Conversations, read_rows
 from data.image import DEFAULT_FIT, FITS, load_image, to_pixels
 from data.text import IMAGE_MARK, Tokenizer, conversation_turns, expand_images, render_prompt
+from launch import fail
 from model import Owl
-from train import Place, Skips, fail, start_process, validate
+from parallel import Place, start_process
+from train import validate
+from watch import Skips
 from weights import load_model
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
@@ -116,7 +119,7 @@ def print_loss(args: argparse.Namespace, model: Owl, tokenizer: Tokenizer, place
         args.data, tokenizer, config.style, config.image_words, config.image_size, length, fit, args.image_root
     )
     skips = Skips()
-    print(repr(validate(model, data, args.batch, place, skips)))
+    print(repr(validate(model, data, args.batch, config, place, skips)))
     if skips.count:
         print(f"skipped {skips.summary()}", file=sys.stderr)
 

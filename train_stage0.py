@@ -15,8 +15,10 @@ For the 7B presets begin with stage 1, from CLIP's and LLaMA's weights.
 from pathlib import Path
 
 from llama import AdaptiveLinear, AdaptiveRMSNorm
+from launch import fail, initial_weights, parser, prepare, start_model
 from model import Owl
-from train import Recipe, fail, parser, prepare, start_model, start_process, train
+from parallel import start_process
+from train import Recipe, train
 from weights import save_model
 
 # Ours, found by trial; the papers have no such stage.
@@ -47,10 +49,10 @@ def main() -> None:
     try:
         if args.weights or not (args.preset or "").startswith("tiny"):
             raise ValueError("stage 0 is for the tiny presets, from random weights: give --preset and --tokenizer")
-        place = start_process(args.device)
-        model, tokenizer, recipe = start_model(args, {"owl1": RECIPE, "owl2": RECIPE}, place)
+        place = start_process(args.device, args.precision)
+        model, tokenizer, recipe = start_model(args, {"owl1": RECIPE, "owl2": RECIPE})
         choose_trained(model)
-        run = prepare(args, recipe, place, model, tokenizer)
+        run = prepare(args, recipe, place, model, tokenizer, initial_weights(args, model.config))
     except (ValueError, OSError) as error:
         fail(error)
     train(run, finish)

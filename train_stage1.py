@@ -4,23 +4,25 @@ From pairs of images and captions. The language model stays frozen, so that it f
 vision tower and the abstractor learn to speak to it. In Owl2 the image half of the modality-adaptive
 module (its K/V projections and norms for image words) is trained as well.
 
-From CLIP's and LLaMA's weights, on one device or on eight:
+From CLIP's and LLaMA's weights, on one GPU, on eight, and on two nodes of eight (the last line on both nodes):
 
     python train_stage1.py --preset owl2-7b --clip clip-vit-large-patch14 --llama Llama-2-7b-hf \\
-        --data captions.json --out runs/stage1
+        --data 'laion/*.tar' --out runs/stage1 --micro 32 --workers 8
     torchrun --nproc_per_node=8 train_stage1.py --preset owl2-7b --clip ... --llama ... \\
-        --data captions.json --out runs/stage1 --workers 8
+        --mix 'laion/*.tar':4 coco.json:1 --out runs/stage1 --micro 32 --workers 8
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 train_stage1.py ...
 
---weights FOLDER starts from a model instead (the tiny owl does, with numbers of its own: see the Makefile).
+(The folder of --out must be the same on both nodes.) --weights FOLDER starts from a model instead (the tiny owl does,
+with numbers of its own: see the Makefile). A JSON file of captions does as well as tar shards.
 
-Look at the data first with --check; continue a run that stopped with --resume.
+Look at the data first with --check, at what is trained and whether it fits with --dry-run; continue a run that
+stopped with --resume.
 """
 
-import torch
-
-from data.text import Tokenizer
-from model import PRESETS, Owl
-from train import Recipe, check_if_asked, fail, parser, prepare, recipe_of, start_model, start_process, train
+from launch import fail, initial_weights, parser, prepare, start_model
+from model import Owl
+from parallel import start_process
+from train import Recipe, train
 from weights import save_model, start_from
 
 # The papers' numbers (Owl1 section 3.2, Owl2 section 3.3 and its appendix).
@@ -70,22 +72,17 @@ def main() -> None:
     g.add_argument("--llama", metavar="FOLDER", help="huggyllama/llama-7b for Owl1, meta-llama/Llama-2-7b-hf for Owl2")
     args = p.parse_args()
     try:
-        place = start_process(args.device)
-        if args.clip or args.llama:
-            if not (args.preset and args.clip and args.llama) or args.weights:
-                raise ValueError("--clip, --llama and --preset go together, and without --weights")
-            config = PRESETS[args.preset]()
-            recipe = recipe_of(args, RECIPES[config.style])
-            config.resize(recipe.image_size or config.image_size)
-            tokenizer = Tokenizer(args.tokenizer or args.llama)
-            check_if_asked(args, recipe, config, tokenizer)
-            torch.manual_seed(args.seed)
-            model = start_from(config, args.clip, args.llama)
-            model.tokenizer_folder = tokenizer.path.parent
-        else:
-            model, tokenizer, recipe = start_model(args, RECIPES, place)
+        place = start_process(args.device, args.precision)
+        if (args.clip or args.llama) and not (args.preset and args.clip and args.llama and not args.weights):
+            raise ValueError("--clip, --llama and --preset go together, and without --weights")
+        args.tokenizer = args.tokenizer or args.llama
+        model, tokenizer, recipe = start_model(args, RECIPES)
         choose_trained(model)
-        run = prepare(args, recipe, place, model, tokenizer)
+        if args.clip:
+            tensors = start_from(model.config, args.clip, args.llama)
+        else:
+            tensors = initial_weights(args, model.config)
+        run = prepare(args, recipe, place, model, tokenizer, tensors)
     except (ValueError, OSError) as error:
         fail(error)
     train(run, save_model)

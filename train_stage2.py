@@ -3,28 +3,35 @@
 From conversations, about images and not. Owl1 keeps everything frozen and trains LoRA adapters on the
 language model's q_proj and v_proj. Owl2 trains everything, the vision tower's lower layers ever more slowly.
 
-    python train_stage2.py --weights runs/stage1 --data my.json --out runs/stage2
-    torchrun --nproc_per_node=8 train_stage2.py --weights runs/stage1 --workers 8 --data my.json --out runs/stage2
+On one GPU, on eight, and on two nodes of eight (the last line on both nodes, with the same --out on both):
+
+    python train_stage2.py --weights runs/stage1 --data my.json --out runs/stage2 --micro 4 --workers 8
+    torchrun --nproc_per_node=8 train_stage2.py --weights runs/stage1 --out runs/stage2 --micro 4 --workers 8 \\
+        --mix llava.json:158 vqa.json:83 sharegpt.json:40
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 train_stage2.py ...
 
 Fine-tune the released Owl2 as its own scripts do, by LoRA on every Linear of the decoder, the ViT frozen, images
 padded (then ask with --fit pad as well):
 
     torchrun --nproc_per_node=8 train_stage2.py --weights mplug-owl2-llama2-7b --data my.json --out runs/mine \\
-        --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0 --fit pad
+        --micro 4 --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0 --fit pad
 
-Look at the data first with --check; continue a run that stopped with --resume. With LoRA, OUT/adapter holds the
-adapter alone in PEFT's files, and OUT the model with the adapter merged.
+Look at the data first with --check, at what is trained and whether it fits with --dry-run; continue a run that
+stopped with --resume. With LoRA, OUT/adapter holds the adapter alone in PEFT's files, and OUT the model with the
+adapter merged.
 """
 
 import math
 from pathlib import Path
 
 import lora
+from launch import fail, initial_weights, parser, prepare, start_model
 from model import Owl
-from train import Recipe, fail, parser, prepare, start_model, start_process, train
+from parallel import start_process
+from train import Recipe, train
 from weights import official_name, save_model, save_non_lora
 
-# The papers' numbers. Owl1's batch is 128 texts and 128 conversations about images: mix the data file so. The
+# The papers' numbers. Owl1's batch is 128 texts and 128 conversations about images: --mix texts.json:1 images.json:1. The
 # released scripts differ: Owl1's run 3 epochs with a linear decay to 0, Owl2's freeze the ViT and use LoRA.
 OWL1 = Recipe(
     steps=2_000,
@@ -88,13 +95,13 @@ def main() -> None:
     g.add_argument("--train-abstractor", action="store_true", help="beside the adapters, as Owl1's abstract has it")
     args = p.parse_args()
     try:
-        place = start_process(args.device)
-        model, tokenizer, recipe = start_model(args, RECIPES, place)
+        place = start_process(args.device, args.precision)
+        model, tokenizer, recipe = start_model(args, RECIPES)
         rank = LORA_RANK[model.config.style] if args.lora_rank is None else args.lora_rank
         if rank < 0 or not 0 <= args.lora_dropout < 1 or not 0 < args.lora_alpha < math.inf:
             raise ValueError("--lora-rank is 0 or more, --lora-alpha above 0, --lora-dropout from 0 to below 1")
         choose_trained(model, rank, args.lora_alpha, args.lora_dropout, args.train_abstractor)
-        run = prepare(args, recipe, place, model, tokenizer)
+        run = prepare(args, recipe, place, model, tokenizer, initial_weights(args, model.config))
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -1,15 +1,18 @@
-"""Training as a user runs it: what is trained, with which numbers, resumed, on two processes, and what is refused."""
+"""Training as a user runs it: what is trained, with which numbers, on which data, and what is refused.
+
+Runs on several processes are in test_parallel.py, runs that go on from a checkpoint in test_resume.py.
+"""
 
 import importlib
+import io
 import json
 import math
-import os
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,17 +21,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+import launch
 import lora
 import model as model_module
 import train
-import train_stage0
 import train_stage1
 import train_stage2
 from conftest import GOLDEN, ROOT, make_config, make_owl
-from data.conversations import Conversations, Order, Sample, collate
+from data.conversations import Conversations, collate
 from data.image import load_image, to_pixels
+from data.mix import Mixture, Order
 from data.text import Tokenizer
 from evaluate import ask
+from llama import Documents
 from lora import LoRALinear
 from model import IGNORE, Owl
 from train import Recipe, learning_rate, make_optimizer, vit_depth
@@ -136,8 +141,19 @@ def losses_of(out: Path) -> list[float]:
 
 
 def timeless(out: Path) -> list[dict]:
-    """The metrics, but for how fast it went."""
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines_of(out)]
+    """The metrics, but for how fast it went and what memory it took."""
+    varying = {"tokens_per_s", "images_per_s", "mfu", "memory_gb"}
+    return [{key: value for key, value in line.items() if key not in varying} for line in lines_of(out)]
+
+
+def source(path: Path, style: str, fit: str = "stretch", max_length: int = 256) -> Conversations:
+    """A source as a run on a tiny owl reads it."""
+    return Conversations(path, Tokenizer(GOLDEN / "text"), style, 4, SIZE, max_length, fit)
+
+
+def order_of(path: Path, per_step: int, micro: int, steps: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:
+    """The micro-batches of one rank of a run with the seed 0 on one source, as keys."""
+    return list(Order(Mixture([source(path, "owl2")], [1.0]), 0, per_step, micro, rank, world, range(steps)))
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -297,9 +313,11 @@ def test_stage_2_learns_to_see(tmp_path, tokenizer):
     assert [line["step"] for line in logged] == list(range(10, 161, 10))
     recipe = numbers(steps=160, warmup=10, lr=5e-3, min_lr=1e-7)
     for line in logged:
-        assert set(line) == {"step", "loss", "lr", "norm", "tokens_per_s"}
+        assert set(line) == {"step", "loss", "lr", "norm", "tokens_per_s", "images_per_s", "mfu", "memory_gb"}
         assert line["lr"] == pytest.approx(learning_rate(line["step"] - 1, recipe))
-        assert line["norm"] > 0 and line["tokens_per_s"] > 0
+        assert line["norm"] > 0 and line["tokens_per_s"] > 5 * line["images_per_s"] > 0
+        assert line["mfu"] is None  # nobody knows what a CPU can do
+        assert 0.05 < line["memory_gb"] < 50
     validated = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validated] == [80, 160]
     assert loss_by_hand(tmp_path / "start", data, "owl2", "pad") > 7  # about ln 2000: it knows nothing
@@ -369,12 +387,13 @@ def test_stage_2_of_owl1_trains_an_adapter_on_a_base_that_stays(start, tmp_path,
     adapted = load_model(base)
     lora.load(adapted, out / "adapter", lambda name: official_name(name, "owl1"))
     adapted.eval()
-    data = Conversations(mixed, Tokenizer(base), "owl1", 4, SIZE, 200, "stretch")
+    data = source(mixed, "owl1", max_length=200)
     batch = collate([data[0, index] for index in range(len(data))])
+    documents = Documents(batch.starts, batch.longest)
     with torch.no_grad():
-        expected = merged(batch.ids, batch.images)[0]
-        actual = adapted(batch.ids, batch.images)[0]
-        plain = load_model(base)(batch.ids, batch.images)[0]
+        expected = merged(batch.ids, batch.images, documents=documents)[0]
+        actual = adapted(batch.ids, batch.images, documents=documents)[0]
+        plain = load_model(base)(batch.ids, batch.images, documents=documents)[0]
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert (plain - expected).abs().max() > 1e-2  # and it learnt something
     for name, parameter in adapted.named_parameters():  # loading it leaves the base as it was
@@ -447,6 +466,210 @@ def test_stage_1_starts_from_clip_and_llama(tmp_path, monkeypatch):
         assert math.isfinite(losses_of(out)[0])
 
 
+def test_the_line_for_a_person_says_where_the_run_is_and_how_fast(start, tmp_path, mixed, capsys):
+    """The same numbers as in metrics.jsonl, and how long the rest will take."""
+    flags = ("--steps", 3, "--batch", 2, "--micro", 2, *QUICK)
+    run_stage("train_stage2", "--weights", start("owl2"), "--data", mixed, "--out", tmp_path / "out", *flags)
+    number = r"[\d,]+(?:\.\d+)?"
+    line = re.compile(
+        rf"step (\d)/3  loss ({number})  lr (\S+)  norm ({number})  ({number}) tokens/s  ({number}) images/s"
+        rf"  ({number}) GB  0:00:\d\d left$"
+    )
+    said = [line.search(text) for text in re.split(r"[\r\n]+", capsys.readouterr().err) if " tokens/s" in text]
+    names = ("step", "loss", "lr", "norm", "tokens_per_s", "images_per_s", "memory_gb")
+    assert len(said) == 3
+    for match, numbers in zip(said, lines_of(tmp_path / "out")):
+        shown = [float(group.replace(",", "")) for group in match.groups()]
+        assert shown == pytest.approx([numbers[name] for name in names], rel=1e-2, abs=0.5e-1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several sources
+
+
+def write_tar(path: Path, folder: Path, n: int) -> Path:
+    """n captioned pictures as img2dataset leaves them."""
+    rng = random.Random(3)
+    with tarfile.open(path, "w") as tar:
+        for i in range(n):
+            name = list(COLOURS)[i % len(COLOURS)]
+            paint(folder / "picture.png", name, rng)
+            for suffix, content in (("png", (folder / "picture.png").read_bytes()), ("txt", f"All {name}.".encode())):
+                member = tarfile.TarInfo(f"{i:09}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sources_are_mixed_by_their_weights(start, tmp_path, monkeypatch, workers):
+    """A file with images, a text, and a tar of captions, 1 : 1 : 2: each step is what the mixture holds there."""
+    paths = (
+        write_rows(tmp_path / "seen.json", colour_rows(tmp_path, 5, seed=1)),
+        write_rows(tmp_path / "text.json", [{"conversations": talk("Say it.", f"number {i}")} for i in range(3)]),
+        write_tar(tmp_path / "captions.tar", tmp_path, 6),
+    )
+    weights = (1.0, 1.0, 2.0)
+    computed = []
+    take_step = train.take_step
+
+    def spy(run, model, micros, n_supervised):
+        computed.append(micros)
+        return take_step(run, model, micros, n_supervised)
+
+    monkeypatch.setattr(train, "take_step", spy)
+    out = tmp_path / "out"
+    mix = [f"{path}:{weight}" for path, weight in zip(paths, weights)]
+    flags = ("--steps", 6, "--batch", 8, "--micro", 4, "--workers", workers, "--fit", "stretch", *QUICK)
+    run_stage("train_stage2", "--weights", start("owl2"), "--mix", *mix, "--out", out, *flags)
+
+    data = Mixture([source(path, "owl2") for path in paths], list(weights))
+    order = list(Order(data, 0, 8, 4, 0, 1, range(6)))
+    assert len(computed) == 6
+    for step, micros in enumerate(computed):
+        expected = [collate([data[key] for key in keys]) for keys in order[2 * step : 2 * step + 2]]
+        for micro, other in zip(micros, expected, strict=True):
+            assert micro.ids.equal(other.ids) and micro.labels.equal(other.labels)
+            assert micro.n_image == other.n_image and (micro.n_image == 0 or micro.images.equal(other.images))
+    drawn = [key for keys in order for key in keys]
+    assert [sum(source == i for _, source, _ in drawn) for i in range(3)] == [12, 12, 24]
+    assert {key[1:] for key in drawn} == {(0, i) for i in range(5)} | {(1, i) for i in range(3)} | {(2, i) for i in range(6)}
+    assert all(math.isfinite(loss) for loss in losses_of(out)) and len(losses_of(out)) == 6
+    assert_finite(out)
+
+
+def test_a_mixture_of_one_is_that_source(start, tmp_path, mixed):
+    flags = ("--weights", start("owl1"), "--steps", 2, "--batch", 4, "--micro", 2, *QUICK)
+    run_stage("train_stage2", *flags, "--data", mixed, "--out", tmp_path / "data")
+    run_stage("train_stage2", *flags, "--mix", f"{mixed}:0.5", "--out", tmp_path / "mix")
+    assert timeless(tmp_path / "data") == timeless(tmp_path / "mix")
+
+
+def test_merged_images_train_as_rows_merged_by_hand_do(start, tmp_path):
+    rows = colour_rows(tmp_path, 4, seed=1)
+    more = [{**row, "conversations": talk("<image>\nSure?", "yes")} for row in rows[:2]]
+    by_hand = [{**row, "conversations": row["conversations"] + talk("Sure?", "yes")} for row in rows[:2]] + rows[2:]
+    apart = write_rows(tmp_path / "apart.json", rows + more)
+    together = write_rows(tmp_path / "together.json", by_hand)
+    flags = ("--weights", start("owl2"), "--steps", 3, "--batch", 4, "--micro", 2, *QUICK)
+    run_stage("train_stage2", *flags, "--data", apart, "--merge-images", "--out", tmp_path / "merged")
+    run_stage("train_stage2", *flags, "--data", together, "--out", tmp_path / "by-hand")
+    run_stage("train_stage2", *flags, "--data", apart, "--out", tmp_path / "unmerged")
+    assert timeless(tmp_path / "merged") == timeless(tmp_path / "by-hand")
+    assert losses_of(tmp_path / "merged") != losses_of(tmp_path / "unmerged")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Steps that cannot be taken
+
+
+def poisoned(monkeypatch, steps: tuple[int, ...], poison, n_micro: int = 2) -> list[dict[str, torch.Tensor]]:
+    """From now on, poison(loss, parameter) stands for the loss of each chosen step's last micro-batch.
+
+    Returns a list that fills with what is trained and AdamW's moments, as they stand before all steps and after each.
+    """
+    calls = iter(range(10**6))
+    loss_of, take_step = train.loss_of, train.take_step
+    states = []
+
+    def poisoned_loss(model, batch, config, place):
+        loss = loss_of(model, batch, config, place)
+        step, micro = divmod(next(calls), n_micro)
+        if step + 1 in steps and micro == n_micro - 1:
+            loss = poison(loss, next(p for p in model.parameters() if p.requires_grad))
+        return loss
+
+    def copy(run):
+        return {name: tensor.clone() for name, tensor in train.training_state(run).items()}
+
+    def watched_step(run, model, micros, n_supervised):
+        if not states:
+            states.append(copy(run))
+        result = take_step(run, model, micros, n_supervised)
+        states.append(copy(run))
+        return result
+
+    monkeypatch.setattr(train, "loss_of", poisoned_loss)
+    monkeypatch.setattr(train, "take_step", watched_step)
+    return states
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("stage, style", [("train_stage1", "owl2"), ("train_stage2", "owl1")])
+def test_a_step_without_a_finite_gradient_is_skipped(start, tmp_path, mixed, capsys, monkeypatch, stage, style, kind):
+    """Nothing changes, to the bit, the run says so and goes on. A gradient may be broken where the loss is not."""
+    poison = {
+        "nan": lambda loss, parameter: loss * math.nan,
+        "inf": lambda loss, parameter: loss + math.inf * (1 + parameter.sum() ** 2),
+        "gradient": lambda loss, parameter: loss + (0 * parameter.sum()).sqrt(),  # 0, of slope inf * 0
+    }[kind]
+    bad = (3, 4, 6)
+    states = poisoned(monkeypatch, bad, poison)
+    out = tmp_path / "out"
+    flags = ("--steps", 7, "--batch", 4, "--micro", 2, *QUICK)
+    run_stage(stage, "--weights", start(style), "--data", mixed, "--out", out, *flags)
+    assert len(states) == 8
+    for step in range(1, 8):
+        before, after = states[step - 1], states[step]
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        assert same == (step in bad), step
+    err = capsys.readouterr().err
+    for step in range(1, 8):
+        assert (f"warning: step {step} is skipped: loss" in err) == (step in bad)
+    lines = lines_of(out)
+    assert [line["step"] for line in lines if line["norm"] is None or line["loss"] is None] == list(bad)
+    assert [line["step"] for line in lines if line["loss"] is None] == ([] if kind == "gradient" else list(bad))
+    assert_finite(out)
+
+
+def stopped(capsys, stage: str, *flags: object) -> str:
+    """What a run says that gives up: exit code 2, and it can be resumed."""
+    with pytest.raises(SystemExit) as stop:
+        run_stage(stage, *flags)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "continue with --resume" in err and "Traceback" not in err
+    return err
+
+
+def checkpoints_of(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def test_five_such_steps_in_a_row_stop_the_run(start, tmp_path, mixed, capsys, monkeypatch):
+    """Four do not. What it leaves is the last good state: resumed without the cause, the run ends as it should."""
+    flags = ("--weights", start("owl2"), "--data", mixed, "--steps", 14, "--batch", 4, "--micro", 2, *QUICK)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        states = poisoned(patch, (2, 3, 4, 5, 8, 9, 10, 11, 12, 13), lambda loss, parameter: loss * math.nan)
+        err = stopped(capsys, "train_stage2", *flags, "--out", out)
+    assert "stopped after step 12, since 5 steps in a row had no finite loss and gradient" in err
+    assert checkpoints_of(out) == ["step-00000012"]
+    assert not (out / "config.json").exists()
+    assert [line["step"] for line in lines_of(out)] == list(range(1, 13))
+
+    resumed = poisoned(monkeypatch, (), None)
+    run_stage("train_stage2", *flags, "--out", out, "--resume")
+    assert len(resumed) == 3
+    assert_same_weights(resumed[0], states[7])
+    assert any(not torch.equal(resumed[0][name], resumed[1][name]) for name in resumed[0])
+    assert [line["step"] for line in lines_of(out)] == list(range(1, 15))
+    assert all(line["loss"] is not None for line in lines_of(out)[12:])
+    assert_finite(out)
+
+
+def test_a_run_that_diverges_stops_and_stops_again(start, tmp_path, mixed, capsys):
+    """At an absurd learning rate, without any help: the first step sends the weights where nothing is finite."""
+    out = tmp_path / "out"
+    flags = ("--weights", start("owl2"), "--data", mixed, "--out", out, "--steps", 20, "--batch", 2, "--micro", 2)
+    flags = (*flags, *QUICK, "--warmup", 0, "--lr", 1e20)
+    assert "5 steps in a row" in stopped(capsys, "train_stage2", *flags)
+    assert checkpoints_of(out) == ["step-00000006"]
+    assert "5 steps in a row" in stopped(capsys, "train_stage2", *flags, "--resume")
+    assert len(checkpoints_of(out)) == 2
+    assert not (out / "config.json").exists()
+
+
 # ----------------------------------------------------------------------------------------------------
 # Rows that cannot be used
 
@@ -460,7 +683,7 @@ def test_bad_rows_among_good_ones_are_counted_named_and_harmless(start, tmp_path
     data = write_rows(tmp_path / "data.json", rows)
     val = write_rows(tmp_path / "val.json", [rows[0], rows[2], {"id": "bad-val", "conversations": []}])
     steps, batch = 5, 4
-    drawn = [index for keys in Order(6, 0, batch, 1, 0, 1, range(steps)) for _, index in keys]
+    drawn = [index for keys in order_of(data, batch, 1, steps) for _, _, index in keys]
     for stage in ("train_stage1", "train_stage2"):
         for style in STYLES:
             out = tmp_path / f"{stage}-{style}"
@@ -473,8 +696,8 @@ def test_bad_rows_among_good_ones_are_counted_named_and_harmless(start, tmp_path
                 (4, "too long", "row 4 (id long): its first turn"),
             ):
                 assert f"{drawn.count(index)} x {kind}" in err
-                assert words in err
-            assert "bad-val" in err  # of the validation data as well
+                assert f"{data}, {words}" in err
+            assert f"{val}, row 2 (id bad-val)" in err  # of the validation data as well
             assert all(math.isfinite(line["loss"]) for line in lines_of(out) if "loss" in line)
             assert all(line["val_loss"] > 0 for line in lines_of(out) if "val_loss" in line)
             assert_finite(out)
@@ -495,22 +718,66 @@ def test_nothing_but_bad_rows_is_refused(start, tmp_path, capsys):
 def test_a_step_of_bad_rows_teaches_nothing(start, tmp_path):
     """Loss 0, no NaN, and the weights are bit for bit the old ones: only the row that is never drawn is good."""
     bad = {"image": "gone.png", "conversations": talk("<image>a", "b")}
-    order = next(iter(Order(8, 0, 8, 8, 0, 1, range(1))))
     rows = [bad] * 8
-    rows[order[-1][1]] = {"conversations": talk("a", "b")}
     data = write_rows(tmp_path / "data.json", rows)
+    drawn = {index for keys in order_of(data, 2, 1, 3) for _, _, index in keys}
+    rows[min(set(range(8)) - drawn)] = {"conversations": talk("a", "b")}
+    write_rows(data, rows)
     out = tmp_path / "out"
     run_stage("train_stage2", "--weights", start("owl2"), "--data", data, "--out", out, "--steps", 3, "--batch", 2, "--micro", 1, *QUICK)
     assert losses_of(out) == [0.0, 0.0, 0.0]
     assert_same_weights(weights_of(out), weights_of(start("owl2")))
 
 
-def test_check_reads_no_weights(start, tmp_path, mixed):
-    """A look at the data before a 7B need not wait for the 7B: config.json and the tokenizer will do."""
-    folder = tmp_path / "no-weights"
+@pytest.fixture
+def three_in_twenty(tmp_path):
+    """A data file of 20 rows of which three cannot be used: of any 100 samples in a row, 15."""
+    rows = [{"id": i, "conversations": talk("Say it.", f"number {i}")} for i in range(20)]
+    rows[4] = {"id": 4, "image": "gone.png", "conversations": talk("<image>a", "b")}
+    rows[9] = {"id": 9, "image": "lost.png", "conversations": talk("<image>a", "b")}
+    rows[17]["conversations"] = talk("a", "")
+    return write_rows(tmp_path / "data.json", rows)
+
+
+def test_a_run_with_too_many_bad_rows_stops(start, tmp_path, three_in_twenty, capsys):
+    """After the 100th sample, not before; with the list by kind, and a checkpoint to go on from once it is mended."""
+    out = tmp_path / "out"
+    flags = ("--weights", start("owl2"), "--data", three_in_twenty, "--out", out, "--steps", 12, "--batch", 10, "--micro", 5)
+    err = stopped(capsys, "train_stage2", *flags, *QUICK)
+    assert "stopped after step 10, since 15 of 100 samples could not be used" in err and "--max-skipped" in err
+    assert "skipped rows, each time they came up: 10 x missing image, 5 x malformed row" in err
+    listed = err[err.index("skipped rows, each time") :]
+    assert "  10 x missing image, e.g.\n" in listed and "  5 x malformed row, e.g.\n" in listed
+    for row, image in ((4, "gone.png"), (9, "lost.png")):
+        assert f"    {three_in_twenty}, row {row} (id {row}): there is no image {tmp_path / image}\n" in listed
+    assert listed.count(f"    {three_in_twenty}, row 17 (id 17): turn 1 is an empty answer\n") == 5
+    assert checkpoints_of(out) == ["step-00000010"]
+    assert not (out / "config.json").exists()
+    run_stage("train_stage2", *flags, *QUICK, "--resume", "--max-skipped", 0.2)
+    assert [line["step"] for line in lines_of(out)] == list(range(1, 13))
+    assert (out / "config.json").exists()
+
+
+def test_a_run_with_as_many_bad_rows_as_are_allowed_goes_on(start, tmp_path, three_in_twenty, capsys):
+    """Exactly the share that is allowed; and, of fewer than 100 samples, any share."""
+    flags = ("--weights", start("owl2"), "--data", three_in_twenty, "--batch", 10, "--micro", 5, *QUICK)
+    run_stage("train_stage2", *flags, "--out", tmp_path / "allowed", "--steps", 10, "--max-skipped", 0.15)
+    run_stage("train_stage2", *flags, "--out", tmp_path / "early", "--steps", 9, "--max-skipped", 0)
+    err = capsys.readouterr().err
+    assert "stopped" not in err and err.count("the model is in") == 2
+
+
+def bare_folder(folder: Path, model: Path) -> Path:
+    """What describes a model, without its weights."""
     folder.mkdir()
     for name in ("config.json", "tokenizer.model"):
-        shutil.copyfile(start("owl2") / name, folder / name)
+        shutil.copyfile(model / name, folder / name)
+    return folder
+
+
+def test_check_reads_no_weights(start, tmp_path, mixed):
+    """A look at the data before a 7B need not wait for the 7B: config.json and the tokenizer will do."""
+    folder = bare_folder(tmp_path / "no-weights", start("owl2"))
     with pytest.raises(SystemExit) as stop:
         run_stage("train_stage2", "--weights", folder, "--data", mixed, "--check", "--image-size", 0)
     assert stop.value.code == 0
@@ -529,13 +796,93 @@ def test_check_looks_at_the_data_and_trains_nothing(start, tmp_path, mixed, caps
 
 
 # ----------------------------------------------------------------------------------------------------
+# What it would take
+
+
+def dry_run(capsys, stage: str, *flags: object) -> tuple[int, str, dict[str, float]]:
+    """(exit code, what is printed, the gigabytes in it by kind) of a run that is only reckoned."""
+    with pytest.raises(SystemExit) as stop:
+        run_stage(stage, *flags)
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = re.findall(r"^  (\w+) +([\d.]+) GB(?: of [\d.]+ GB: (?:it fits|it does not fit))?$", out, re.MULTILINE)
+    return stop.value.code, out, {kind: float(number) for kind, number in rows}
+
+
+def test_dry_run_reads_no_weights_and_writes_nothing(start, tmp_path, mixed, capsys):
+    folder = bare_folder(tmp_path / "no-weights", start("owl1"))
+    before = sorted(tmp_path.rglob("*"))
+    flags = ("--weights", folder, "--data", mixed, "--batch", 4, "--micro", 2, "--image-size", 0)
+    for where in ((), ("--out", tmp_path / "out")):
+        code, out, gigabytes = dry_run(capsys, "train_stage2", *flags, *where, "--dry-run")
+        assert code == 0 and "it fits" in out
+        assert list(gigabytes) == ["weights", "gradients", "optimizer", "activations", "all"]
+    owl = Owl(tiny("owl1"))
+    n_frozen = sum(p.numel() for p in owl.parameters())
+    shown = [line.split() for line in out.splitlines() if "frozen" in line]
+    # LoRA's two matrices of rank 8, of q_proj and v_proj in both layers, 32 wide.
+    n_trained = 2 * 2 * 2 * 8 * 32
+    assert ["all", f"{n_trained:,}", "trained", f"{n_frozen:,}", "frozen"] in shown
+    assert ["vit", "0", "trained", f"{sum(p.numel() for p in owl.vit.parameters()):,}", "frozen"] in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("precision, frozen_bytes", [("fp32", 4), ("bf16", 2)])
+def test_dry_run_adds_up_what_is_trained_and_what_is_not(tmp_path, mixed, capsys, monkeypatch, precision, frozen_bytes):
+    """Stage 1 of a middle-sized owl: 4 bytes a trained weight, 4 its gradient, 8 AdamW's moments; and what fits."""
+    preset = ("--preset", "mid-owl2", "--tokenizer", GOLDEN / "text", "--image-size", 56, "--precision", precision)
+    flags = (*preset, "--data", mixed, "--batch", 4, "--micro", 2)
+    with torch.device("meta"):
+        config = model_module.PRESETS["mid-owl2"]()
+        config.llama.vocab_size = 2000
+        config.resize(56)
+        owl = Owl(config)
+    train_stage1.choose_trained(owl)
+    n_trained = sum(p.numel() for p in owl.parameters() if p.requires_grad)
+    n_frozen = sum(p.numel() for p in owl.parameters() if not p.requires_grad)
+
+    monkeypatch.setattr(launch, "device_memory", lambda device: 10**9)
+    code, out, gigabytes = dry_run(capsys, "train_stage1", *flags, "--dry-run")
+    assert code == 0 and "of 1.00 GB: it fits" in out
+    assert [line.split()[1::2] for line in out.splitlines() if line.startswith("  all")][0] == [f"{n_trained:,}", f"{n_frozen:,}"]
+    expected = {"weights": 4 * n_trained + frozen_bytes * n_frozen, "gradients": 4 * n_trained, "optimizer": 8 * n_trained}
+    for kind, n in expected.items():
+        assert gigabytes[kind] == pytest.approx(n / 1e9, abs=0.005), kind
+    assert 0.01 < gigabytes["activations"] < 1
+    parts = ("weights", "gradients", "optimizer", "activations")
+    assert gigabytes["all"] == pytest.approx(sum(gigabytes[kind] for kind in parts), abs=0.02)
+    assert f"for 2 samples with {heaviest_images(mixed)} images and " in out
+
+    monkeypatch.setattr(launch, "device_memory", lambda device: 10**8)
+    code, out, _ = dry_run(capsys, "train_stage1", *flags, "--dry-run")
+    assert code == 1 and "of 0.10 GB: it does not fit" in out
+
+
+def test_dry_run_divides_a_sharded_model_by_the_devices_of_a_node(mixed, capsys):
+    preset = ("--preset", "mid-owl2", "--tokenizer", GOLDEN / "text", "--image-size", 56, "--data", mixed)
+    flags = (*preset, "--batch", 4, "--micro", 2, "--parallel", "fsdp")
+    one = dry_run(capsys, "train_stage2", *flags, "--dry-run")[2]
+    eight = dry_run(capsys, "train_stage2", *flags, "--dry-run", 8)[2]
+    assert list(eight) == ["weights", "gradients", "optimizer", "gathered", "activations", "all"]
+    for kind in ("weights", "gradients", "optimizer"):
+        assert eight[kind] == pytest.approx(one[kind] / 8, abs=0.01) and eight[kind] > 0
+    assert eight["gathered"] == one["gathered"] > 0 and eight["activations"] == one["activations"]
+
+
+def heaviest_images(path: Path) -> int:
+    """The most images in one of the first four micro-batches, two samples each, of a run with four a step."""
+    data = source(path, "owl2")
+    return max(sum(len(data[key[0], key[2]].images) for key in keys) for keys in order_of(path, 4, 2, 2))
+
+
+# ----------------------------------------------------------------------------------------------------
 # Validation, precision, the global batch
 
 
 def loss_by_hand(folder: Path, path: Path, style: str, fit: str) -> float:
     """The mean over all supervised tokens, row by row from the logits."""
     owl = load_model(folder)
-    data = Conversations(path, Tokenizer(folder), style, owl.config.image_words, SIZE, 256, fit)
+    data = source(path, style, fit)
     total = 0.0
     n_token = 0
     for index in range(len(data)):
@@ -571,130 +918,36 @@ def test_the_step_is_the_mean_over_its_tokens_however_it_is_cut_up(start, tmp_pa
         runs.append(losses_of(out))
     assert runs[0] == pytest.approx(runs[2], abs=1e-5)
     assert runs[1] == pytest.approx(runs[2], abs=1e-5)
-    data = Conversations(mixed, Tokenizer(start("owl2")), "owl2", 4, SIZE, 256, "pad")
-    first = next(iter(Order(len(data), 0, 8, 8, 0, 1, range(1))))
-    batch = collate([data[key] for key in first])
+    data = source(mixed, "owl2", "square")
+    (first,) = order_of(mixed, 8, 8, 1)
+    batch = collate([data[0, index] for _, _, index in first])
     with torch.no_grad():
-        loss = load_model(start("owl2"))(batch.ids, batch.images, batch.labels)[1]
+        documents = Documents(batch.starts, batch.longest)
+        loss = load_model(start("owl2"))(batch.ids, batch.images, batch.labels, documents)[1]
     assert runs[0][0] == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_mixed_precision_trains_close_to_float32(start, tmp_path, mixed, monkeypatch):
-    """The path that CUDA takes, on the CPU: bfloat16 products, float32 weights."""
+def test_mixed_precision_trains_close_to_float32(start, tmp_path, mixed):
+    """The path that CUDA takes, on the CPU: bfloat16 products, and the model is saved in bfloat16."""
     flags = ("--steps", 5, "--batch", 4, "--micro", 2, *QUICK)
     for style in STYLES:
         run_stage("train_stage2", "--weights", start(style), "--data", mixed, "--out", tmp_path / f"{style}-32", *flags)
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "mixed_precision", lambda place: torch.autocast("cpu", torch.bfloat16))
-            run_stage("train_stage2", "--weights", start(style), "--data", mixed, "--out", tmp_path / f"{style}-16", *flags)
+        bf16 = (*flags, "--precision", "bf16")
+        run_stage("train_stage2", "--weights", start(style), "--data", mixed, "--out", tmp_path / f"{style}-16", *bf16)
         full = losses_of(tmp_path / f"{style}-32")
         half = losses_of(tmp_path / f"{style}-16")
         assert half != full
         assert half == pytest.approx(full, rel=0.02)
         assert_finite(tmp_path / f"{style}-16")
-        assert {tensor.dtype for tensor in weights_of(tmp_path / f"{style}-16").values()} == {torch.float32}
+        assert {tensor.dtype for tensor in weights_of(tmp_path / f"{style}-32").values()} == {torch.float32}
+        for key, tensor in weights_of(tmp_path / f"{style}-16").items():
+            assert tensor.dtype == (torch.float32 if key.endswith("_pos_embed") else torch.bfloat16), key
 
 
 # ----------------------------------------------------------------------------------------------------
-# Resume
+# The command line
 
-# The stage, but a step takes a while: time enough to be killed in the middle.
-SLOW_STAGE = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train, train_stage2
-rate = train.learning_rate
-def slow_rate(step, recipe):
-    time.sleep(0.1)
-    return rate(step, recipe)
-train.learning_rate = slow_rate
-train_stage2.main()
-"""
-RESUMABLE = ("--steps", 12, "--batch", 4, "--micro", 2, "--save-every", 4, "--val-every", 4, "--workers", 1)
-RESUMABLE += ("--crop-scale", 0.5, "--lora-dropout", 0.3, *QUICK)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(start, mixed, tmp_path_factory):
-    """(the flags but --out, the folder) of a run with accumulation, dropout, crops and a worker."""
-    torch.set_num_threads(1)
-    flags = ("--weights", start("owl1", 0.1), "--data", mixed, "--val", mixed, *RESUMABLE)
-    out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    run_stage("train_stage2", *flags, "--out", out)
-    return flags, out
-
-
-def wait_for(condition, process: subprocess.Popen, what: str) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        assert process.poll() is None, f"ended before {what}: {process.communicate()[1]}"
-        time.sleep(0.02)
-    raise AssertionError(f"waited in vain for {what}")
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Metrics (but the speed), final weights, adapter, and the optimizer's state, bit for bit."""
-    assert timeless(a) == timeless(b)
-    assert_same_weights(weights_of(a), weights_of(b))
-    assert_same_weights(load_file(a / "adapter" / "adapter_model.safetensors"), load_file(b / "adapter" / "adapter_model.safetensors"))
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["optimizer"]["state"] for folder in (a, b)]
-    for index, state in states[0].items():
-        assert_same_weights(state, states[1][index])
-
-
-def test_killed_and_resumed_is_the_same_run_bit_for_bit(uninterrupted, tmp_path):
-    """By SIGTERM and by Ctrl-C, which reach the loading processes too, and by SIGKILL between two checkpoints."""
-    flags, whole = uninterrupted
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-    processes = {}
-    for kind in signals:
-        command = [sys.executable, "-c", SLOW_STAGE, *map(str, flags), "--out", str(tmp_path / kind.name)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes[kind] = subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    for kind, process in processes.items():
-        out = tmp_path / kind.name
-        metrics = out / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 6, process, "step 5")
-        os.killpg(process.pid, kind)
-    for kind, process in processes.items():
-        out = tmp_path / kind.name
-        err = process.communicate(timeout=60)[1]
-        assert "Traceback" not in err, err
-        assert not (out / "config.json").exists()  # no model: the run has not ended
-        step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-        assert 4 <= step < 12
-        if kind == signal.SIGKILL:
-            assert process.returncode == -signal.SIGKILL
-            assert step % 4 == 0 and lines_of(out)[-1]["step"] >= step
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write('{"step": 11, "loss": 7.0}\n{"step": 12, "lo')  # and the line it was writing
-            (out / "checkpoint.pt.part").write_bytes(b"half a checkpoint")
-        else:
-            assert f"stopped after step {step}: continue with --resume" in err
-            assert lines_of(out)[-1]["step"] == step  # it lost nothing
-        run_stage("train_stage2", *flags, "--out", out, "--resume")
-        assert_same_run(out, whole)
-
-
-def test_resuming_a_finished_run_is_harmless(uninterrupted, tmp_path):
-    flags, whole = uninterrupted
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    run_stage("train_stage2", *flags, "--out", out, "--resume")
-    assert_same_run(out, whole)
-    assert lines_of(out) == lines_of(whole)
-
-
-def test_resume_without_a_checkpoint_starts_from_the_beginning(uninterrupted, tmp_path):
-    flags, whole = uninterrupted
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 7}\n')
-    run_stage("train_stage2", *flags, "--out", out, "--resume")
-    assert_same_run(out, whole)
+ALL = ("train_stage0", "train_stage1", "train_stage2")
 
 
 def refusal(capsys, stage: str, *flags: object) -> str:
@@ -707,139 +960,6 @@ def refusal(capsys, stage: str, *flags: object) -> str:
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
     return lines[0]
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (("--lr", "2e-3"), "lr"),
-        (("--steps", "13"), "steps"),
-        (("--batch", "8"), "batch"),
-        (("--seed", "1"), "seed"),
-        (("--crop-scale", "0.6"), "crop_scale"),
-        (("--betas", "0.8", "0.9"), "betas"),
-        (("--lora-rank", "4"), ""),
-        (("--lora-alpha", "16"), "lora_alpha"),
-        (("--lora-dropout", "0.1"), "lora_dropout"),
-        (("--fit", "pad"), "fit"),
-        (("--train-abstractor",), ""),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_resuming_with_other_settings_is_refused(uninterrupted, capsys, change, words):
-    """Each would make another run of it, in silence; the sentence names what differs."""
-    flags, whole = uninterrupted
-    before = (whole / "metrics.jsonl").read_text()
-    error = refusal(capsys, "train_stage2", *flags, "--out", whole, "--resume", *change)
-    assert "checkpoint.pt" in error and words in error
-    assert (whole / "metrics.jsonl").read_text() == before
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(uninterrupted, capsys):
-    flags, whole = uninterrupted
-    error = refusal(capsys, "train_stage2", *flags, "--out", whole)
-    assert str(whole) in error and "--resume" in error
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
-def test_a_corrupt_checkpoint_is_one_sentence(uninterrupted, tmp_path, capsys, damage):
-    flags, whole = uninterrupted
-    path = tmp_path / "checkpoint.pt"
-    content = (whole / "checkpoint.pt").read_bytes()
-    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": b"\x93garbage" * 99, "other": b""}[damage])
-    if damage == "other":
-        torch.save({"weight": torch.ones(3)}, path)
-    error = refusal(capsys, "train_stage2", *flags, "--out", tmp_path, "--resume")
-    assert str(path) in error
-
-
-# ----------------------------------------------------------------------------------------------------
-# Two processes
-
-
-def start_two(stage: str, *flags: object) -> subprocess.Popen:
-    """Starts a stage on two gloo processes, as `torchrun --nproc_per_node=2 stage.py ...` does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{stage}.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *map(str, flags)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish_two(process: subprocess.Popen) -> str:
-    try:
-        err = process.communicate(timeout=120)[1]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"two processes hang: {process.communicate()[1]}") from None
-    assert process.returncode == 0, err
-    return err
-
-
-def has_images(data: Conversations, keys: list) -> bool:
-    return any(len(data[key].images) for key in keys)
-
-
-def assert_ranks_differ(path: Path, style: str, batch: int, micro: int, steps: int) -> None:
-    """The data is what it should be: ranks that see only text beside ranks that see images, in every combination."""
-    data = Conversations(path, Tokenizer(GOLDEN / "text"), style, 4, SIZE, 256, "stretch")
-    ranks = [list(Order(len(data), 0, batch, micro, rank, 2, range(steps))) for rank in range(2)]
-    accumulate = batch // micro // 2
-    assert accumulate > 1
-    one_rank_text = last_micro_text_only = unequal = 0
-    for step in range(steps):
-        parts = [[has_images(data, keys) for keys in rank[step * accumulate : (step + 1) * accumulate]] for rank in ranks]
-        one_rank_text += any(parts[0]) != any(parts[1])
-        last_micro_text_only += (any(parts[0]) or any(parts[1])) and not parts[0][-1] and not parts[1][-1]
-        counts = []
-        for rank in ranks:
-            keys = [key for keys in rank[step * accumulate : (step + 1) * accumulate] for key in keys]
-            counts.append(collate([data[key] for key in keys]).n_supervised)
-        unequal += counts[0] != counts[1]
-    assert one_rank_text >= 2 and last_micro_text_only >= 1 and unequal >= steps // 2
-
-
-def compare_two_with_one(stage: str, style: str, start, tmp_path, mixed, *more: object) -> None:
-    """20 steps on two processes and on one: losses and validation losses to 1e-5, gradient norms, and the weights."""
-    assert_ranks_differ(mixed, style, batch=4, micro=1, steps=20)
-    flags = ("--weights", start(style), "--data", mixed, "--val", mixed, "--steps", 20, "--batch", 4, *QUICK, *more)
-    process = start_two(stage, *flags, "--micro", 1, "--val-every", 10, "--out", tmp_path / "two")
-    run_stage(stage, *flags, "--micro", 2, "--val-every", 10, "--out", tmp_path / "one")
-    err = finish_two(process)
-    assert err.count("the model is in") == 1  # the first process alone writes and speaks
-    one = timeless(tmp_path / "one")
-    two = timeless(tmp_path / "two")
-    assert len(one) == len(two) == 22
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys() and a["step"] == b["step"]
-        for name, tolerance in (("loss", {"abs": 1e-5}), ("val_loss", {"abs": 1e-5}), ("norm", {"rel": 1e-4})):
-            if name in a:
-                assert a[name] == pytest.approx(b[name], **tolerance), name
-    assert len(set(losses_of(tmp_path / "one"))) == 20
-    before, after = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for key in before:
-        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-4)
-
-
-def test_two_processes_train_owl2_as_one_does(start, tmp_path, mixed):
-    compare_two_with_one("train_stage2", "owl2", start, tmp_path, mixed)
-
-
-def test_two_processes_train_owl1s_adapter_as_one_does(start, tmp_path, mixed):
-    compare_two_with_one("train_stage2", "owl1", start, tmp_path, mixed, "--lora-dropout", 0)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_two_processes_train_stage_1_as_one_does(start, tmp_path, mixed, style):
-    """Here a rank of pure text uses nothing at all that is trained."""
-    crops = ("--crop-scale", 0.5)
-    compare_two_with_one("train_stage1", style, start, tmp_path, mixed, *crops)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The command line
-
-ALL = ("train_stage0", "train_stage1", "train_stage2")
 
 
 @pytest.fixture
@@ -891,6 +1011,11 @@ MISTAKES = [
     (ALL, ("--crop-scale", "-1"), "--crop-scale"),
     (ALL, ("--crop-scale", "1.5"), "--crop-scale"),
     (ALL, ("--workers", "-1"), "--workers"),
+    (ALL, ("--mix", "no-such.json:2"), "give --data"),  # not both
+    (ALL, ("--keep", "0"), "--keep"),
+    (ALL, ("--max-skipped", "-0.1"), "--max-skipped"),
+    (ALL, ("--max-skipped", "nan"), "--max-skipped"),
+    (ALL, ("--max-skipped", "2"), "--max-skipped"),  # not per cent
     (ALL, ("--log-every", "0"), "--log-every"),
     (ALL, ("--val-every", "0"), "--val-every"),
     (ALL, ("--save-every", "0"), "--save-every"),
@@ -924,6 +1049,14 @@ def without(flags: tuple, name: str) -> tuple:
 
 def test_what_a_stage_cannot_do_without_is_named(usable, start, tmp_path, capsys, monkeypatch):
     for stage in ALL:
+        error = refusal(capsys, stage, *without(usable(stage), "--data"))
+        assert "--data" in error and "--mix" in error
+        for mix, words in ((("MIXED:0",), "above 0"), (("MIXED:1", "no-such.json:2"), "no-such.json"), ((":1",), "path")):
+            mix = [text.replace("MIXED", str(usable(stage)[1])) for text in mix]
+            assert words in refusal(capsys, stage, *without(usable(stage), "--data"), "--mix", *mix)
+        for weights in (("1", "1e-9"), ("nan", "1"), ("-2", "1")):
+            mix = [f"{usable(stage)[1]}:{weight}" for weight in weights]
+            assert "weight" in refusal(capsys, stage, *without(usable(stage), "--data"), "--mix", *mix)
         assert "--out" in refusal(capsys, stage, *without(usable(stage), "--out"))
     assert "--tokenizer" in refusal(capsys, "train_stage0", *without(usable("train_stage0"), "--tokenizer"))
     assert "--preset" in refusal(capsys, "train_stage0", *without(usable("train_stage0"), "--preset"))
@@ -962,7 +1095,7 @@ def test_the_script_itself_refuses_in_one_line(start, mixed):
     assert not (ROOT / "x").exists()
 
 
-@pytest.mark.parametrize("flags", [("--preset", "owl3"), ("--steps", "many"), ("--fit", "squash"), ("--no-such-flag",)])
+@pytest.mark.parametrize("flags", [("--preset", "owl3"), ("--steps", "many"), ("--fit", "squash"), ("--precision", "banana"), ("--parallel", "tensor"), ("--mix",), ("--no-such-flag",)])
 def test_argparse_mistakes_exit_with_2(flags, mixed, capsys):
     for stage in ALL:
         with pytest.raises(SystemExit) as stop:
@@ -977,7 +1110,8 @@ def test_help_shows_the_flags(stage, capsys):
         run_stage(stage, "--help")
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for flag in ("--preset", "--weights", "--data", "--out", "--resume", "--check", "--lr", "--grad-clip", "--workers"):
+    flags = ["--preset", "--weights", "--data", "--mix", "--out", "--resume", "--check", "--dry-run", "--lr", "--grad-clip"]
+    for flag in [*flags, "--workers", "--parallel", "--precision", "--recompute", "--compile", "--keep", "--max-skipped"]:
         assert flag in out
     assert ("--llama" in out) == (stage == "train_stage1")
     assert ("--lora-rank" in out) == (stage == "train_stage2")
