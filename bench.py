@@ -31,7 +31,7 @@ from data.image import DEFAULT_FIT
 from data.text import Tokenizer
 from launch import fail
 from model import IGNORE, IMAGE_ID, PRESETS, Owl, OwlConfig
-from parallel import PRECISIONS, Place, choose_fsdp, ready, shard, start_process, total, wrap
+from parallel import PRECISIONS, Place, choose_fsdp, ready, shard, start_process, total, with_ddp
 from train import Run, make_optimizer, take_step
 from watch import peak_memory
 
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     g.add_argument("--compile", action="store_true")
     g = p.add_argument_group("loader")
     g.add_argument("--data", metavar="SOURCE", help="a .json or .jsonl file, or tar shards")
-    g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: the file's folder)")
+    g.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: file's folder)")
     g.add_argument("--tokenizer", metavar="PATH", default="checkpoints/tiny-owl2")
     g.add_argument("--image-size", type=int, default=224)
     g.add_argument("--crop-scale", type=float, default=0.5, help="as in stage 1 (default 0.5)")
@@ -109,7 +109,7 @@ def bench_train(args: argparse.Namespace, place: Place) -> str:
     if place.device.type == "cpu" and Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the most memory that there was so far
     run = ready_run(args, place)
-    model = wrap(run.model, place, run.fsdp)
+    model = with_ddp(run.model, place, run.fsdp)
     generator = torch.Generator().manual_seed(place.rank)
     batch = collate([make_sample(run.model.config, args.length, generator) for _ in range(args.micro)])
     flops = train_flops(run.model, batch.n_image, batch.starts.diff().tolist(), batch.n_supervised)
@@ -117,7 +117,9 @@ def bench_train(args: argparse.Namespace, place: Place) -> str:
     seconds = []
     for step in range(1 + args.steps):
         start = time.perf_counter()
-        take_step(run, model, [batch], n_supervised)  # it ends by asking for the loss: the device has finished
+        take_step(run, model, [batch], n_supervised)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if step == 0 and place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -168,9 +170,8 @@ def bench_loader(args: argparse.Namespace, place: Place) -> None:
     config.resize(args.image_size)
     tokenizer = Tokenizer(args.tokenizer)
     fit = DEFAULT_FIT[config.style]
-    data = Conversations(
-        args.data, tokenizer, config.style, config.image_words, args.image_size, 2048, fit, args.image_root, args.crop_scale
-    )
+    shape = (config.style, config.image_words, args.image_size, 2048)
+    data = Conversations(args.data, tokenizer, *shape, fit, args.image_root, args.crop_scale)
     n_image = 0
     start = time.perf_counter()
     with tqdm(total=args.images, desc="reading", unit="image", disable=None) as bar:
@@ -181,6 +182,8 @@ def bench_loader(args: argparse.Namespace, place: Place) -> None:
             bar.update(found)
             if n_image >= args.images:
                 break
+    if n_image == 0:
+        raise ValueError(f"no image of {args.data} could be read")
     speed = n_image / (time.perf_counter() - start)
     print(f"{n_image} images read, decoded, resized to {args.image_size}: {speed:.0f} images/s on one core")
     with torch.device("meta"):
@@ -202,13 +205,20 @@ def main() -> None:
             return
         if args.micro < 1 or args.length < 2 or args.steps < 1 or args.lora_rank < 0:
             raise ValueError("--micro, --steps are 1 or more, --length 2 or more, --lora-rank 0 or more")
+        if args.lora_rank > 0 and args.stage == 1:
+            raise ValueError("--lora-rank is for --stage 2")
     except (ValueError, OSError) as error:
         fail(error)
-    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = f"{torch.get_num_threads()} threads"
+    if place.device.type == "cuda":
+        name = torch.cuda.get_device_name(place.device)
     if place.is_first:
         print(f"torch {torch.__version__}, {place.world} x {place.device.type} ({name}), {place.dtype}\n\n{HEADER}")
     for case in train_set(args, place):
-        line = bench_train(case, place)
+        try:
+            line = bench_train(case, place)
+        except torch.cuda.OutOfMemoryError:
+            line = f"{case.preset} stage {case.stage}: does not fit this device's memory"
         if place.is_first:
             print(line, flush=True)
 

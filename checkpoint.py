@@ -51,12 +51,17 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor], place
         files = {".metadata": digest(part / ".metadata")}
         for some in sums:
             files |= some
+        elsewhere = [name for name in files if not (part / name).is_file()]
+        if elsewhere:
+            raise OSError(f"{part} lacks {elsewhere[0]}: the run's folder must be one that all nodes share")
         manifest = {"step": step, "facts": facts, "tensors": sorted(tensors), "files": files}
         (part / MANIFEST).write_bytes(seal(manifest))
         shutil.rmtree(done, ignore_errors=True)  # a damaged one that was passed over
         part.replace(done)
-        for old in newest_first(folder)[keep:]:
-            shutil.rmtree(old)
+        found = newest_first(folder)
+        n_damaged = found.index(done)  # later ones: they would not have been passed over otherwise
+        for path in found[:n_damaged] + found[n_damaged + keep :]:
+            shutil.rmtree(path)
     wait_for_all(place)
 
 
@@ -95,7 +100,7 @@ def find(folder: Path, place: Place) -> tuple[Path, dict] | None:
 
     All processes together. Warns of each that is passed over; ValueError if all are damaged.
     """
-    found = newest_first(folder)
+    found = from_all(place, newest_first(folder))[0]  # what the first process sees
     for path in found:
         reason = damage(path, place)
         if reason is None:
@@ -137,7 +142,8 @@ def load(path: Path, manifest: dict, tensors: dict[str, Tensor]) -> None:
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (ValueError, dcp.CheckpointException) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).strip().splitlines()[-1][:200]})") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"{path} cannot be read ({reason[:200]})") from None
 
 
 class Reader(FileSystemReader):
@@ -166,7 +172,7 @@ class Reader(FileSystemReader):
 
 
 class MetadataUnpickler(pickle._Unpickler):
-    """Knows the names that a description of tensors is made of, and no other.
+    """Knows the names that a description of tensors is made of, and no other: a run may be a stranger's to continue.
 
     It is pickle's unpickler in Python, since the one in C lets a pickle set attributes of any class or function that
     it can name (BUILD), which is as good as running code; here only the descriptions themselves are filled.

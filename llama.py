@@ -63,7 +63,7 @@ class Split(NamedTuple):
 
     @staticmethod
     def of(is_image: Tensor, n_image: int) -> "Split":
-        """is_image: [B, T] bool with n_image ones. Knowing that number, a GPU need not be waited for."""
+        """is_image: [B, T] bool with n_image ones. Knowing that number, the layers need not wait for a GPU to count."""
         order = torch.argsort(is_image.flatten().to(torch.uint8), stable=True)
         return Split(is_image[..., None], order, torch.argsort(order), is_image.numel() - n_image)
 
@@ -175,7 +175,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tens
     On CUDA one kernel for all of them (bfloat16 or float16, torch from 2.11 on); elsewhere a loop, to the same result.
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # here, since older releases of torch have no such thing
 
         repeats = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))

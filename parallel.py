@@ -2,7 +2,7 @@
 
 torchrun starts one process a GPU; each trains on its own part of every batch.
 
-    ddp     each process holds the whole model; gradients are averaged after the backward pass.
+    ddp     each process holds the whole model; gradients are averaged once a step, after the last backward pass.
     fsdp    each process holds a part of every weight, of its gradient and of its optimizer state
             (PyTorch's fully_shard, FSDP2). A block's weights are gathered from all processes just before it
             runs, and dropped after; its gradient is averaged and cut up as soon as it is there:
@@ -10,14 +10,17 @@ torchrun starts one process a GPU; each trains on its own part of every batch.
                 my part of a block, float32 --cast, all-gather--> the block, bfloat16 --forward, backward-->
                 its gradient, bfloat16 --reduce-scatter in float32--> my part of the gradient, float32
 
-            On several nodes the parts are those of one node, and the nodes are copies of each other (hybrid
-            sharding): what is gathered never crosses the slow wires between nodes, only gradients do.
+            On several nodes (of as many GPUs each) the parts are those of one node, and the nodes are copies of
+            each other (hybrid sharding): what is gathered never crosses the slow wires between nodes, only
+            gradients do, once a step.
 
-In both, matrix products are in bfloat16 on a GPU, while the weights that are trained, their gradients and their sums
-are float32; frozen weights are kept in bfloat16. On a CPU all is float32.
+In both, matrix products are in bfloat16 on a GPU, while the weights that are trained, their gradients and AdamW's
+moments are float32; frozen weights are kept in bfloat16. Between the products, fsdp's activations are bfloat16 too;
+ddp's are float32 where autocast or a trained weight makes them so. On a CPU all is float32.
 """
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,6 +61,8 @@ def start_process(device_name: str | None, precision: str | None = None) -> Plac
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world > 1 and ":" in name:
+        raise ValueError(f"--device {name}: several processes cannot share one device; say --device cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no usable CUDA device")
     if name == "cuda":
@@ -69,13 +74,14 @@ def start_process(device_name: str | None, precision: str | None = None) -> Plac
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason[:200]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         # The others wait while the first process writes the model: of a 7B, that takes a while.
-        dist.init_process_group(backend_of(device), timeout=timedelta(hours=2))
+        own = device if device.type == "cuda" else None
+        dist.init_process_group(backend_of(device), timeout=timedelta(hours=2), device_id=own)
     return Place(rank, world, device, PRECISIONS[precision or ("bf16" if device.type == "cuda" else "fp32")])
 
 
@@ -144,7 +150,7 @@ def ready(model: nn.Module, place: Place, recompute: bool, compile: bool) -> Non
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def sharing(place: Place) -> int:
+def n_sharing(place: Place) -> int:
     """How many processes share one copy of a sharded model: those of a node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
 
@@ -153,20 +159,22 @@ def shard(model: nn.Module, place: Place) -> None:
     """Shards a model that has no memory yet (on the meta device) over the processes."""
     if not dist.is_initialized():  # a single process, without torchrun
         dist.init_process_group(backend_of(place.device), store=dist.HashStore(), rank=0, world_size=1)
-    n = sharing(place)
+    n = n_sharing(place)
     sizes, names = ((n,), ("shard",)) if n == place.world else ((place.world // n, n), ("copy", "shard"))
     mesh = init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32)
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)  # all else: embeddings, lm_head
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # All else: embeddings, lm_head. By default the outermost module stays gathered after a forward pass without a
+    # backward one, as in validation; the optimizer and the checkpoint would then find whole weights.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def share(tensor: Tensor, place: Tensor) -> Tensor:
-    """What of a tensor this process keeps: its part where `place` is sharded, else all of it."""
-    if not isinstance(place, DTensor):
+def share(tensor: Tensor, target: Tensor) -> Tensor:
+    """What of a tensor this process keeps: its part where `target`, the place for it, is sharded; else all of it."""
+    if not isinstance(target, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(place.dtype), place.device_mesh, place.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(target.dtype), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -174,11 +182,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrap(model: nn.Module, place: Place, fsdp: bool) -> nn.Module:
-    """What is called in place of a model that has its weights: DDP around it, where it is not sharded."""
+def with_ddp(model: nn.Module, place: Place, fsdp: bool) -> nn.Module:
+    """The model itself or, where it is copied to several processes, DDP around it."""
     if fsdp or place.world == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of cls_token and eos, which are tiny
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def precision(place: Place, fsdp: bool) -> AbstractContextManager:
@@ -189,7 +198,7 @@ def precision(place: Place, fsdp: bool) -> AbstractContextManager:
 
 
 @torch.no_grad()
-def gather(model: nn.Module, place: Place) -> None:
+def collect(model: nn.Module, place: Place) -> None:
     """Brings a trained model together on the first process, on its CPU, in the dtype that it computes in.
 
     Tensor by tensor, and the other processes keep nothing. An adapter's small matrices stay as exact as they are.

@@ -7,7 +7,7 @@ numbers, and calls `train`. One step:
       | each rank takes its part, in micro-batches of `micro`
     count the supervised tokens over all ranks and micro-batches
       | for each micro-batch: forward, loss = sum over its supervised tokens / that count, backward
-      | (the ranks' gradients are added up: how, says parallel.py)
+      | the gradients are averaged over the ranks (parallel.py), each having multiplied its loss by their number
     clip, step, next learning rate
 
 So the loss is the mean over the step's supervised tokens however the batch is cut up. Everything drawn by
@@ -38,7 +38,7 @@ from data.conversations import Batch, Conversations, collate
 from data.mix import Mixture, Order, loader
 from llama import Documents
 from model import IGNORE, IMAGE_ID, Owl, OwlConfig
-from parallel import Place, gather, precision, total, wait_for_all, whole, wrap
+from parallel import Place, collect, precision, total, wait_for_all, whole, with_ddp
 from watch import N_BEFORE_JUDGING, Meter, Metrics, Skips, log_line
 
 MAX_BAD_STEPS = 5  # steps in a row without a finite gradient, after which a run gives up
@@ -145,12 +145,14 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 # --- what is kept to resume ----------------------------------------------------------------------------
 
 
-def settings(args: argparse.Namespace, recipe: Recipe) -> dict:
+def settings(run: Run) -> dict:
     """What must be the same for a run to continue as if it had not stopped."""
     free = ("out", "resume", "check", "dry_run", "val", "log_every", "val_every", "save_every", "keep", "max_skipped")
     free += ("device", "micro", "workers", "parallel", "recompute", "compile", "index")  # the same but for rounding
-    run = {name: value for name, value in vars(args).items() if name not in free}
-    return run | {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(recipe).items()}
+    chosen = {name: value for name, value in vars(run.args).items() if name not in free}
+    chosen |= {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(run.recipe).items()}
+    samples = [len(source) for source in run.data.sources]
+    return chosen | {"precision": str(run.place.dtype), "samples": samples}
 
 
 def training_state(run: Run) -> dict[str, Tensor]:
@@ -166,13 +168,13 @@ def training_state(run: Run) -> dict[str, Tensor]:
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    facts = {"settings": settings(run.args, run.recipe), "updates": run.updates, "bad_steps": run.bad_steps}
+    facts = {"settings": settings(run), "updates": run.updates, "bad_steps": run.bad_steps}
     checkpoint.save(run.out / "checkpoints", step, facts, training_state(run), run.place, run.args.keep)
 
 
 def resume(run: Run, path: Path, manifest: dict) -> None:
     """Goes on from a checkpoint. ValueError if it is of another run."""
-    saved, now = manifest["facts"]["settings"], settings(run.args, run.recipe)
+    saved, now = manifest["facts"]["settings"], settings(run)
     different = [f"{key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
     if different:
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(different)})")
@@ -236,22 +238,25 @@ def validate(model: nn.Module, data: Conversations, micro: int, config: OwlConfi
 def take_step(run: Run, model: nn.Module, micros: list[Batch], n_supervised: float) -> tuple[float, float]:
     """One step of the optimizer. Without a finite gradient nothing is changed.
 
-    model: run.model, as `wrap` has it. micros: this rank's micro-batches. n_supervised: the step's supervised tokens,
-    over all ranks. Returns the mean loss over them and the gradient's norm.
+    model: what is called: run.model, or DDP around it. micros: this rank's micro-batches. n_supervised: the step's
+    supervised tokens, over all ranks. Returns the mean loss over them and the gradient's norm.
     """
     trained = [p for p in run.model.parameters() if p.requires_grad]
     step_loss = torch.zeros((), device=run.place.device)
     for i, batch in enumerate(micros):
-        # DDP adds the ranks' gradients up once, after the last micro-batch; FSDP, which holds only parts, each time.
-        waits = run.place.world > 1 and not run.fsdp and i < len(micros) - 1
-        with model.no_sync() if waits else nullcontext():
+        # DDP averages the ranks' gradients once, after the last micro-batch. FSDP, which holds only parts of them, each
+        # time within a node, and once between nodes.
+        last = i == len(micros) - 1
+        if run.fsdp:
+            model.set_requires_all_reduce(last)
+        with nullcontext() if run.fsdp or run.place.world == 1 or last else model.no_sync():
             with precision(run.place, run.fsdp):
                 loss = loss_of(model, batch, run.model.config, run.place)
             loss = loss * (batch.n_supervised / max(n_supervised, 1))
-            if loss.requires_grad:  # in stage 1, a single process's batch of text meets nothing that is trained
-                (loss * run.place.world).backward()  # both average over the ranks; times their number is the sum
+            if loss.requires_grad:  # in stage 1, a single process's batch of text touches nothing that is trained
+                (loss * run.place.world).backward()  # averaged over the ranks, this is the sum
         step_loss += loss.detach()
-    for parameter in trained:  # one that no sample used counts as zero, however many processes there are
+    for parameter in trained:  # AdamW passes over what has no gradient: with several processes all have, if a zero one
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     norm = whole(nn.utils.clip_grad_norm_(trained, run.recipe.grad_clip)).item()
@@ -273,7 +278,7 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
     say(report(run.model), file=sys.stderr)
     if recipe.warmup >= recipe.steps:
         say(f"warning: {recipe.steps} steps end before the warm-up of {recipe.warmup} does", file=sys.stderr)
-    model = wrap(run.model, place, run.fsdp)
+    model = with_ddp(run.model, place, run.fsdp)
     steps = range(run.start, recipe.steps)
     order = Order(run.data, args.seed, recipe.batch, args.micro, place.rank, place.world, steps)
     batches = loader(run.data, order, args.workers, pin=place.device.type == "cuda")
@@ -320,19 +325,18 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
         if run.bad_steps > 0:
             say(f"warning: step {done} is skipped: loss {loss}, gradient norm {norm}", file=sys.stderr)
         if done % args.log_every == 0 or done == recipe.steps:
-            speed, left = meter.read(done)
-            numbers = {"step": done, "loss": loss, "lr": rate, "norm": norm, **speed}
+            numbers = {"step": done, "loss": loss, "lr": rate, "norm": norm, **meter.read(done)}
             metrics.write(**numbers)
-            say(log_line(numbers, recipe.steps, left), file=sys.stderr)
+            say(log_line(numbers, recipe.steps), file=sys.stderr)
         if run.val is not None and (done % args.val_every == 0 or done == recipe.steps):
             with precision(place, run.fsdp):
                 val_loss = validate(model, run.val, args.micro, run.model.config, place, val_skips)
             metrics.write(step=done, val_loss=val_loss)
             say(f"step {done}: validation loss {val_loss:.4f}", file=sys.stderr)
-            meter.restart()
+            meter.restart(done)
         if n_signal > 0:
             reason = "it was asked to"
-        elif run.bad_steps > 0 and run.bad_steps % MAX_BAD_STEPS == 0:  # a resumed run counts on from there
+        elif run.bad_steps > 0 and run.bad_steps % MAX_BAD_STEPS == 0:  # a resumed run may try as many more
             reason = f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient"
         elif n_seen >= N_BEFORE_JUDGING and n_skipped > args.max_skipped * n_seen:
             reason = f"{n_skipped:.0f} of {n_seen} samples could not be used, which is more than --max-skipped allows"
@@ -347,20 +351,20 @@ def train(run: Run, finish: Callable[[Owl, Path], None]) -> None:
         signal.signal(number, handler)
     for rows, found in (("rows", skips.gather(place)), ("validation rows", val_skips.gather(place))):
         if found.count:
-            say(f"skipped {rows}, each time they came up: {found.summary()}\n{found.list()}", file=sys.stderr)
+            say(f"skipped {rows}, each time they came up: {found.summary()}\n{found.lines()}", file=sys.stderr)
     if done == recipe.steps:
-        gather(run.model, place)
+        collect(run.model, place)
         if place.is_first:
             finish(run.model.eval(), run.out)
         say(f"the model is in {run.out}", file=sys.stderr)
     else:
-        say(f"stopped after step {done}, since {reason}: continue with --resume", file=sys.stderr)
+        say(f"stopped after step {done} ({reason}): continue with --resume", file=sys.stderr)
     wait_for_all(place)
     if dist.is_initialized():
-        # DDP first: as the last to hold the process group, it would end it as `train` returns, with Python's lock, for
-        # which a thread of the group's may be waiting.
+        # DDP must go first. Were it the last to hold the process group, it would end the group while holding Python's
+        # lock, for which the group's own thread may be waiting.
         del model
         gc.collect()
         dist.destroy_process_group()
-    if reason and n_signal == 0:
-        sys.exit(2)
+    if reason:
+        sys.exit(128 + (signals or [signal.SIGTERM])[0] if n_signal > 0 else 2)

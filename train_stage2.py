@@ -31,8 +31,8 @@ from parallel import start_process
 from train import Recipe, train
 from weights import official_name, save_model, save_non_lora
 
-# The papers' numbers. Owl1's batch is 128 texts and 128 conversations about images: --mix texts.json:1 images.json:1. The
-# released scripts differ: Owl1's run 3 epochs with a linear decay to 0, Owl2's freeze the ViT and use LoRA.
+# The papers' numbers. Owl1's batch is 128 texts and 128 conversations about images: --mix texts.json:1 images.json:1.
+# The released scripts differ: Owl1's run 3 epochs with a linear decay to 0, Owl2's freeze the ViT and use LoRA.
 OWL1 = Recipe(
     steps=2_000,
     warmup=50,

@@ -1,7 +1,7 @@
 """Watching a run: what is printed, what goes to metrics.jsonl, and what had to be skipped.
 
 metrics.jsonl has a JSON object a line: {"step", "loss", "lr", "norm", "tokens_per_s", "images_per_s", "mfu",
-"memory_gb"} each log interval, {"step", "val_loss"} each validation. plot.py draws it.
+"memory_gb", "left_s"} each log interval, {"step", "val_loss"} each validation. plot.py draws it.
 """
 
 import json
@@ -58,10 +58,10 @@ class Meter:
         self.place = place
         self.steps = steps
         self.peak = peak_flops(place.device)  # of one device; None if it is not known
-        self.step = start
-        self.restart()
+        self.restart(start)
 
-    def restart(self) -> None:
+    def restart(self, step: int) -> None:
+        self.step = step
         self.n_token = self.n_image = self.flops = 0.0
         self.time = time.perf_counter()
 
@@ -70,19 +70,18 @@ class Meter:
         self.n_image += n_image
         self.flops += flops
 
-    def read(self, step: int) -> tuple[dict[str, float | None], timedelta]:
-        """The interval's numbers, and the time that the rest of the run will take at this speed."""
+    def read(self, step: int) -> dict[str, float | None]:
+        """The interval's numbers; left_s: the seconds that the rest of the run will take at this speed."""
         seconds = time.perf_counter() - self.time
-        left = seconds / max(1, step - self.step) * (self.steps - step)
         numbers = {
             "tokens_per_s": self.n_token / seconds,
             "images_per_s": self.n_image / seconds,
             "mfu": self.flops / seconds / (self.peak * self.place.world) if self.peak else None,
             "memory_gb": peak_memory(self.place.device) / 1e9,
+            "left_s": seconds / (step - self.step) * (self.steps - step),
         }
-        self.step = step
-        self.restart()
-        return numbers, timedelta(seconds=round(left))
+        self.restart(step)
+        return numbers
 
 
 def peak_memory(device: torch.device) -> int:
@@ -93,14 +92,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def log_line(numbers: dict[str, float | None], steps: int, left: timedelta) -> str:
+def log_line(numbers: dict[str, float | None], steps: int) -> str:
     """One line for a person."""
     line = f"step {numbers['step']}/{steps}  loss {numbers['loss']:.4f}  lr {numbers['lr']:.2e}"
     line += f"  norm {numbers['norm']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s"
     line += f"  {numbers['images_per_s']:,.1f} images/s"
     if numbers["mfu"] is not None:
         line += f"  MFU {100 * numbers['mfu']:.1f} %"
-    return f"{line}  {numbers['memory_gb']:.2f} GB  {left} left"
+    return f"{line}  {numbers['memory_gb']:.2f} GB  {timedelta(seconds=round(numbers['left_s']))} left"
 
 
 class Skips:
@@ -131,7 +130,7 @@ class Skips:
     def summary(self) -> str:
         return ", ".join(f"{number} x {kind}" for kind, number in self.count.most_common())
 
-    def list(self) -> str:
+    def lines(self) -> str:
         """The kinds, with examples, a line each."""
         lines = []
         for kind, number in self.count.most_common():

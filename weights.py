@@ -547,20 +547,20 @@ def fill(
     model: Owl,
     tensors: Iterable[tuple[str, Tensor]],
     device: str | torch.device,
-    part: Callable[[Tensor, Tensor], Tensor] = lambda tensor, place: tensor,
+    part: Callable[[Tensor, Tensor], Tensor] = lambda tensor, target: tensor,
 ) -> None:
     """Gives a model made without memory (on the meta device) its memory, and copies each tensor to its place.
 
-    The places keep their dtypes. part(tensor, place): what of the tensor goes there; where several processes
+    The parameters keep their dtypes. part(tensor, target): what of the tensor goes there; where several processes
     share a model, only this one's share (parallel.share).
     """
     model.to_empty(device=device)
-    places = model.state_dict()
+    targets = model.state_dict()
     for name, tensor in tensors:
-        place = places.pop(name)
-        place.copy_(part(tensor, place))
-    if places:
-        raise ValueError(f"nothing was read for {next(iter(places))}")
+        target = targets.pop(name)
+        target.copy_(part(tensor, target))
+    if targets:
+        raise ValueError(f"nothing was read for {next(iter(targets))}")
 
 
 def load_non_lora(model: Owl, folder: str | Path) -> None:

@@ -46,7 +46,7 @@ def check_source(data: Conversations, n_show: int) -> int:
         n_image += len(sample.images)
         n_text_only += len(sample.images) == 0
         n_cut += sample.n_cut > 0
-        n_supervised += sum(label != IGNORE for label in sample.labels)
+        n_supervised += sum(label != IGNORE for label in sample.labels[1:])  # nothing foresees the first
     for sample in shown:
         print(marked(sample, data.tokenizer), end="\n\n")
     n_usable = lengths.total()

@@ -161,6 +161,14 @@ def test_a_damaged_one_is_written_anew(folder):
     assert_same_bits(read(find(folder, ALONE)[0]), example(5))
 
 
+def test_a_folder_that_nodes_do_not_share_is_noticed_at_once(folder, monkeypatch):
+    """Another node's process tells of a file that the first does not see."""
+    monkeypatch.setattr(checkpoint, "from_all", lambda place, mine: [mine, {"__8_0.distcp": [5, "0" * 64]}])
+    with pytest.raises(OSError, match="__8_0.distcp.*all nodes share"):
+        save(folder, 3, FACTS, example(3), ALONE, keep=2)
+    assert not (folder / "step-00000003").exists()
+
+
 class Killed(BaseException):
     """As a kill is: nothing gets to handle it."""
 

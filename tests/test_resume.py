@@ -24,6 +24,7 @@ from runs import in_processes
 from test_checkpoint import FILES, flip
 from test_train import (  # noqa: F401
     QUICK,
+    SPEED,
     assert_same_weights,
     lines_of,
     losses_of,
@@ -32,8 +33,10 @@ from test_train import (  # noqa: F401
     refusal,
     run_stage,
     start,
+    talk,
     timeless,
     weights_of,
+    write_rows,
 )
 
 ALONE = Place(0, 1, torch.device("cpu"), torch.float32)
@@ -71,7 +74,9 @@ def run_until(step: int, rank: int, flags: tuple) -> None:
 
     train.learning_rate = rate_and_signal
     try:
-        run_stage("train_stage2", *flags)
+        with pytest.raises(SystemExit) as stop:
+            run_stage("train_stage2", *flags)
+        assert stop.value.code == 128 + signal.SIGTERM
     finally:
         train.learning_rate = rate
 
@@ -259,7 +264,7 @@ def test_sigterm_and_ctrl_c_save_and_leave(chancy, script, tmp_path):
     for out, (kind, process, err) in runs.items():
         process.wait(timeout=60)
         said = err.read_text()
-        assert process.returncode == 0 and "Traceback" not in said, said
+        assert process.returncode == 128 + kind and "Traceback" not in said, said
         assert not (out / "config.json").exists()
         step = checkpoints_of(out)[-1]
         assert 3 <= step < N_STEP
@@ -303,6 +308,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(chancy, tmp_path)
         (("--fit", "pad"), "fit"),
         (("--merge-images",), "merge_images"),
         (("--train-abstractor",), "train_abstractor"),
+        (("--precision", "bf16"), "precision"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -313,6 +319,17 @@ def test_resuming_with_other_settings_is_refused(chancy, capsys, change, words):
     error = refusal(capsys, "train_stage2", *flags, "--out", whole, "--resume", *change)
     assert "step-00000012" in error and words in error
     assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_with_more_data_is_refused(start, tmp_path, capsys):
+    """The same file, but longer: it would be shuffled otherwise."""
+    data, out = tmp_path / "data.json", tmp_path / "out"
+    rows = [{"conversations": talk("a", "b")}] * 4
+    flags = ("--weights", start("owl1"), "--data", data, "--steps", 1, "--batch", 2, "--micro", 2, *QUICK, "--out", out)
+    run_stage("train_stage2", *flags[:2], "--data", write_rows(data, rows), *flags[4:])
+    capsys.readouterr()
+    write_rows(data, [*rows, rows[0]])
+    assert "samples: [4] then, [5] now" in refusal(capsys, "train_stage2", *flags, "--resume")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(chancy, capsys):
@@ -494,8 +511,7 @@ def assert_beginning(out: Path, whole: Path) -> None:
     metrics = out / "metrics.jsonl"
     *lines, rest = metrics.read_text().split("\n") if metrics.exists() else [""]
     curve = [json.loads(line) for line in lines]
-    varying = {"tokens_per_s", "images_per_s", "mfu", "memory_gb"}
-    assert [{k: v for k, v in line.items() if k not in varying} for line in curve] == timeless(whole)[: len(curve)]
+    assert [{k: v for k, v in line.items() if k not in SPEED} for line in curve] == timeless(whole)[: len(curve)]
     assert len(rest) < 500
     steps = checkpoints_of(out)
     assert all(checkpoint.damage(out / "checkpoints" / f"step-{step:08d}", ALONE) is None for step in steps)
