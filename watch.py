@@ -113,7 +113,7 @@ class Skips:
         for skipped in batch.skipped:
             self.count[skipped.kind] += 1
             examples = self.examples.setdefault(skipped.kind, [])
-            if len(examples) < N_EXAMPLES:
+            if len(examples) < N_EXAMPLES and skipped.reason not in examples:
                 examples.append(skipped.reason)
                 tqdm.write(f"warning: skipped {skipped.reason} ({skipped.kind})", file=sys.stderr)
 
@@ -124,7 +124,7 @@ class Skips:
             together.count += skips.count
             for kind, examples in skips.examples.items():
                 known = together.examples.setdefault(kind, [])
-                known += examples[: N_EXAMPLES - len(known)]
+                known += [example for example in examples if example not in known][: N_EXAMPLES - len(known)]
         return together
 
     def summary(self) -> str:
