@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import metadata as descriptions
 from parallel import Place, from_all, wait_for_all
 
 MANIFEST = "manifest.json"
+STEP = "step-" + "[0-9]" * 8
 
 
 def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor], place: Place, keep: int) -> None:
@@ -39,7 +40,8 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor], place
     done = folder / f"step-{step:08d}"
     part = done.with_suffix(".part")
     if place.is_first:
-        shutil.rmtree(part, ignore_errors=True)
+        for unfinished in folder.glob(f"{STEP}.part"):  # what a kill has left, in writing or in removing
+            shutil.rmtree(unfinished)
         part.mkdir(parents=True)
     wait_for_all(place)
     with warnings.catch_warnings():
@@ -61,7 +63,7 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor], place
         found = newest_first(folder)
         n_damaged = found.index(done)  # later ones: they would not have been passed over otherwise
         for path in found[:n_damaged] + found[n_damaged + keep :]:
-            shutil.rmtree(path)
+            shutil.rmtree(path.replace(path.with_suffix(".part")))  # under another name, lest half of it is found
     wait_for_all(place)
 
 
@@ -92,7 +94,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+    return sorted(folder.glob(STEP), reverse=True)
 
 
 def find(folder: Path, place: Place) -> tuple[Path, dict] | None:
