@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data import CAPTION_REQUEST
 from data.image import augment, load_image, to_pixels
 from data.shards import Shards
 from data.text import IMAGE_MARK, Tokenizer, expand_images, llava_turns, render_conversation
 from model import IGNORE, IMAGE_ID
 
-CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."  # what a caption is the answer to
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of a tar's members
 TAR_WORDS = 40  # about the positions of a request and a caption
 MAX_REASON = 500  # characters

@@ -35,7 +35,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import CAPTION_REQUEST  # noqa: E402
 
 PLACEHOLDERS = ("<|image|>", "<image>")  # in a caption they would stand for a second image
 

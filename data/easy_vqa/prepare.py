@@ -43,6 +43,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import CAPTION_REQUEST  # noqa: E402
+
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -62,8 +65,6 @@ IS_THERE_NOT = (
 WHAT_COLOR = ("what color is the {shape}?", "what is the color of the {shape}?")
 WHAT_SHAPE = ("what shape does the image contain?", "what shape is in the image?", "what shape is present?")
 WHICH_SHAPE = "what is the {color} shape?"
-
-CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 
 # What both owls' prompts say around the turns.
 PROMPT_WORDS = [
