@@ -114,7 +114,7 @@ def tokens_through(name: str, config: OwlConfig, n_image: int, n_position: int, 
 # --- bytes -------------------------------------------------------------------------------------------
 
 
-class Watch(TorchDispatchMode):
+class Ledger(TorchDispatchMode):
     """Sees each operation as it happens, and keeps account of the memory of the tensors that come out.
 
     What matters is not the tensor but its storage, which views share and which lives on in the autograd graph.
@@ -128,7 +128,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for tensor in tensors_in((args, kwargs)):
-            self.seen.add(tensor.untyped_storage())  # if it is not known by now, it is older than the watch
+            self.seen.add(tensor.untyped_storage())  # if it is not known by now, it is older than the ledger
         result = function(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
@@ -160,9 +160,9 @@ def peak_bytes(step: Callable[[], None]) -> int:
     Tensors from before do not count, nor does what a kernel takes for itself while it runs. It works on fake tensors
     as on real ones.
     """
-    with Watch() as watch:
+    with Ledger() as ledger:
         step()
-    return watch.peak
+    return ledger.peak
 
 
 class FakeStep(nn.Module):

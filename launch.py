@@ -314,19 +314,18 @@ def dry_run(model: Owl, place: Place, fsdp: bool, n_device: int, micros: list[Ba
         bytes_of["gathered"] = (2 * parts[-1] + rest) * (2 * place.dtype.itemsize + 4)
         model.to(place.dtype)
     sizes = (largest.n_image, largest.ids.shape[1], largest.n_supervised)
-    if once and not fsdp:  # gradients come as activations go: the two together have one peak
-        bytes_of["activations"] = activation_bytes(model.train(), *sizes, autocast, accumulate=False)
+    accumulate = fsdp or not once
+    bytes_of["activations"] = activation_bytes(model.train(), *sizes, autocast, accumulate)
+    if not accumulate:  # gradients come as activations go: the two together have one peak
         bytes_of["activations"] -= bytes_of["gradients"]
-    else:
-        bytes_of["activations"] = activation_bytes(model.train(), *sizes, autocast)
     there = device_memory(place.device)
     needed = sum(bytes_of.values())
+    fits = needed < 0.95 * there  # something is lost between tensors, and to the device's own needs
     if place.is_first:
         print(report(model))
-        n_image, n_position, _ = sizes
-        print(f"memory of each device, for {largest.n_sample} samples of {n_position} positions with {n_image} images:")
+        print(f"memory of each device, for {largest.n_sample} samples of {sizes[1]} positions with {sizes[0]} images:")
         for kind, n in bytes_of.items():
             print(f"  {kind:<12}{n / 1e9:>10.2f} GB")
-        fits = "it should fit" if needed < 0.95 * there else "it does not fit"
-        print(f"  {'all':<12}{needed / 1e9:>10.2f} GB of {there / 1e9:.2f} GB: {fits}")
-    return 0 if needed < 0.95 * there else 1
+        verdict = "it should fit" if fits else "it does not fit"
+        print(f"  {'all':<12}{needed / 1e9:>10.2f} GB of {there / 1e9:.2f} GB: {verdict}")
+    return 0 if fits else 1
