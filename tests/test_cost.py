@@ -360,5 +360,8 @@ def test_the_prediction_for_a_middling_owl(n_micro):
         command = [sys.executable, "-c", REAL_STEPS, how, str(n_micro)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         real[how] = int(done.stdout)
+    predicted = weights + 2 * trained + beside
+    tracked = weights + 2 * trained + real["track"]
+    print(f"MB: predicted {predicted / 1e6:.0f}, tensors {tracked / 1e6:.0f}, resident {real['resident'] / 1e6:.0f}")
     assert beside == pytest.approx(real["track"], rel=0.01)
     assert weights + 2 * trained + beside == pytest.approx(real["resident"], rel=0.15)

@@ -609,7 +609,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(copied, tmp_path, how):
     assert target.exists(), "the trap does work"
 
 
-ELSEWHERE = ["../evil.bin", "/tmp/evil.bin", "sub/evil.bin", "..", "", "evil.txt", 3, None, ["a.bin"], {"a": 1}]
+ELSEWHERE = ["../evil.bin", "/evil.bin", "sub/evil.bin", "..", "", "evil.txt", 3, None, ["a.bin"], {"a": 1}]
 
 
 @pytest.mark.parametrize("shard", ELSEWHERE)
