@@ -153,7 +153,10 @@ def free_ports(n: int) -> list[int]:
 
 def start_process(command: list[str], err: Path, **environment: object) -> subprocess.Popen:
     """A process in a session of its own. What it says goes to a file, since no one may be there to read a pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}}
+    # The threshold makes glibc give back at once what a tensor took, where by default it keeps memory for later: a
+    # process's memory is then what its tensors take.
+    usual = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    environment = {**os.environ, **usual, **{name: str(value) for name, value in environment.items()}}
     with err.open("w") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
 
