@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BUCKET = 256  # positions by which a cache grows
+
 
 @dataclass
 class LlamaConfig:
@@ -56,7 +58,7 @@ class LlamaConfig:
 class Split(NamedTuple):
     """Which tokens are image words: found once, used by all layers. None stands for a pure text."""
 
-    is_image: Tensor  # [B, T, 1] bool
+    modality: Tensor  # [B, T] int64: 0 for text, 1 for an image word
     order: Tensor  # [B * T] int64: where the text tokens are, then where the image words are
     inverse: Tensor  # [B * T] int64: undoes `order`
     n_text: int
@@ -65,7 +67,16 @@ class Split(NamedTuple):
     def of(is_image: Tensor, n_image: int) -> "Split":
         """is_image: [B, T] bool with n_image ones. Knowing that number, the layers need not wait for a GPU to count."""
         order = torch.argsort(is_image.flatten().to(torch.uint8), stable=True)
-        return Split(is_image[..., None], order, torch.argsort(order), is_image.numel() - n_image)
+        return Split(is_image.long(), order, torch.argsort(order), is_image.numel() - n_image)
+
+    def sort(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B * T, C]: all text tokens, then all image words."""
+        # (index_select, since its gradient is a plain addition where that of x[order] is a slower one.)
+        return x.flatten(0, 1).index_select(0, self.order)
+
+    def unsort(self, tokens: Tensor) -> Tensor:
+        """[B * T, C] to [B, T, C]: each token back in its place."""
+        return tokens.index_select(0, self.inverse).view(*self.modality.shape, -1)
 
 
 class Documents(NamedTuple):
@@ -100,7 +111,7 @@ class AdaptiveRMSNorm(nn.Module):
         if split is None:
             return text(x)
         x = F.rms_norm(x, text.weight.shape, eps=text.eps)
-        return x * torch.where(split.is_image, image.weight, text.weight)
+        return x * F.embedding(split.modality, torch.stack([text.weight, image.weight]))
 
 
 class AdaptiveLinear(nn.Module):
@@ -111,44 +122,46 @@ class AdaptiveLinear(nn.Module):
         self.multiway = nn.ModuleList(nn.Linear(n_in, n_out, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, split: Split | None) -> Tensor:
-        """x: [B, T, n_in]. Returns [B, T, n_out]."""
+        """x: [B * T, n_in] as split.sort makes it, or [B, T, n_in] where all is text. Returns [B, T, n_out]."""
         text, image = self.multiway
         if split is None:
             return text(x)
-        B, T, C = x.shape
-        # Gather each modality's tokens, project them apart, and put the results back in their places.
-        # (index_select, since its gradient is a plain addition where that of tokens[order] is a slower one.)
-        tokens = x.reshape(B * T, C).index_select(0, split.order)
-        y = torch.cat([text(tokens[: split.n_text]), image(tokens[split.n_text :])])
-        return y.index_select(0, split.inverse).view(B, T, -1)
+        return split.unsort(torch.cat([text(x[: split.n_text]), image(x[split.n_text :])]))
 
 
 class Cache:
     """The keys and values of all tokens read so far, so that the next token is all that need be computed.
 
-    `layers[i]` is [2, B, n_kv_head, size, head_dim]: keys and values of layer i. Rows of a batch may be of
-    different lengths: `lengths [B]` says where each row's next token goes. What lies beyond a row's length is
-    left over from padding; it is masked, and overwritten as the row grows.
+    `layers[i]` are the keys and the values of layer i, [B, n_kv_head, size, head_dim] each. Rows of a batch may
+    be of different lengths: `lengths [B]` says how many tokens of each row are held, and so where its next one
+    goes. What lies beyond a row's length is left over; it is masked, and overwritten as the row grows.
     """
 
-    def __init__(self, config: LlamaConfig, B: int, size: int, device: torch.device, dtype: torch.dtype):
-        self.size = size
-        shape = (2, B, config.n_kv_head, size, config.head_dim)
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+    def __init__(self, config: LlamaConfig, B: int, device: torch.device, dtype: torch.dtype):
+        nothing = torch.zeros(B, config.n_kv_head, 0, config.head_dim, device=device, dtype=dtype)
+        self.layers = [(nothing, nothing)] * config.n_layer
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
-        self.longest = 0  # the longest row's length, known without asking the device
-        self.ragged = False  # whether the lengths of rows still growing differ
+        self.longest = 0  # no row is longer: known without asking the device
 
-    def start(self, lengths: Tensor) -> None:
-        """Says how long each row is, [B] int64, once the (padded) prompts have been read."""
-        self.lengths = lengths
-        self.longest = int(lengths.max())
-        self.ragged = int(lengths.min()) != self.longest
+    @property
+    def size(self) -> int:
+        return self.layers[0][0].shape[2]
 
-    def advance(self, ended: Tensor) -> None:
-        """Moves on by the token just read. Rows that have ended, [B] bool, stay: the next overwrites it."""
-        self.lengths = torch.where(ended, self.lengths, self.lengths + 1)
-        self.longest = min(self.longest + 1, self.size - 1)
+    def grow(self, size: int) -> None:
+        """Makes room for `size` positions a row: in whole buckets, so that there are few sizes, and one for leavings."""
+        size = -(-size // BUCKET) * BUCKET + 1
+        if size > self.size:
+            self.layers = [tuple(F.pad(x, (0, 0, 0, size - self.size)) for x in layer) for layer in self.layers]
+
+    def rewind(self, length: int) -> None:
+        """Forgets of each row all but its first `length` tokens."""
+        self.lengths.clamp_(max=length)
+        self.longest = min(self.longest, length)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forgets all rows but these, [n] int64."""
+        self.layers = [tuple(x[rows] for x in layer) for layer in self.layers]
+        self.lengths = self.lengths[rows]
 
 
 class View(NamedTuple):
@@ -156,11 +169,10 @@ class View(NamedTuple):
 
     cos: Tensor  # [B or 1, 1, T, head_dim]: the rotary embedding of their positions
     sin: Tensor
-    positions: Tensor  # [B or 1, T]: where in the cache they go
-    n_visible: int  # keys in the cache that any of them may see
-    mask: Tensor | None  # [B, 1, T, n_visible] bool; None where the rule is plain
-    causal: bool  # a plain causal mask, left to the attention kernel
-    documents: Documents | None  # a causal mask within each of these
+    rows: Tensor  # [B, 1]: where in the cache they go: these rows,
+    positions: Tensor  # [B or 1, T]: and these positions
+    mask: Tensor | None  # [B, 1, T, n_visible]: 0 for what they see in the cache, -inf for the rest. None: a plain
+    documents: Documents | None  # causal mask over the tokens themselves, or one within each of these documents
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -190,6 +202,18 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tens
     return torch.cat(parts, dim=2)
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query a row, written out: a compiler makes less work of it than a kernel for many queries does.
+
+    q: [B, n_head, 1, D]; k, v: [B, n_kv_head, T, D]; mask: [B, 1, 1, T]. Returns q's shape.
+    """
+    B, n_kv_head, T, D = k.shape
+    q = q.view(B, n_kv_head, -1, 1, D) * D**-0.5  # [B, n_kv_head, queries of a key, 1, D]
+    scores = (q * k[:, :, None]).float().sum(dim=-1) + mask  # [B, n_kv_head, queries of a key, T]
+    p = scores.softmax(dim=-1).to(v.dtype)
+    return (p[..., None] * v[:, :, None]).sum(dim=-2).view(B, -1, 1, D)
+
+
 class Attention(nn.Module):
     """Causal self-attention, each token with itself and those before it."""
 
@@ -206,13 +230,14 @@ class Attention(nn.Module):
             self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, view: View, split: Split | None, stored: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, view: View, split: Split | None, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """x: [B, T, C]. stored: this layer's part of the cache, if there is one. Returns [B, T, C]."""
         B, T, C = x.shape
         q = self.q_proj(x)
         if self.config.adaptive:
-            k = self.k_proj(x, split)
-            v = self.v_proj(x, split)
+            tokens = x if split is None else split.sort(x)
+            k = self.k_proj(tokens, split)
+            v = self.v_proj(tokens, split)
         else:
             k = self.k_proj(x)
             v = self.v_proj(x)
@@ -222,18 +247,19 @@ class Attention(nn.Module):
         q = rotate(q, view.cos, view.sin)
         k = rotate(k, view.cos, view.sin)
         if stored is not None:
-            rows = torch.arange(B, device=x.device)[:, None]
             # Two index arrays around a slice: what is written is [B, T, n_kv_head, head_dim].
-            stored[0][rows, :, view.positions] = k.transpose(1, 2)
-            stored[1][rows, :, view.positions] = v.transpose(1, 2)
-            if not view.causal:  # else nothing came before, and k and v are all there is to see
-                k, v = stored[:, :, :, : view.n_visible]
+            stored[0][view.rows, :, view.positions] = k.transpose(1, 2)
+            stored[1][view.rows, :, view.positions] = v.transpose(1, 2)
+            if view.mask is not None:  # else nothing came before, and k and v are all there is to see
+                k, v = (x[:, :, : view.mask.shape[-1]] for x in stored)
         if view.documents is not None:
             y = attend_within(q, k, v, view.documents)
+        elif T == 1 and view.mask is not None and q.is_cuda and torch.compiler.is_compiling():
+            y = attend_once(q, k, v, view.mask)
         else:
             grouped = self.config.n_kv_head != self.config.n_head
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=grouped
+                q, k, v, attn_mask=view.mask, is_causal=view.mask is None, enable_gqa=grouped
             )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -264,7 +290,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, view: View, split: Split | None, stored: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, view: View, split: Split | None, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """x: [B, T, C]. Returns [B, T, C]."""
         x = x + self.self_attn(self._norm(self.input_layernorm, x, split), view, split, stored)
         x = x + self.mlp(self._norm(self.post_attention_layernorm, x, split))
@@ -286,38 +312,41 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(
-        self, x: Tensor, split: Split | None = None, cache: Cache | None = None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        split: Split | None = None,
+        cache: Cache | None = None,
+        n_visible: int | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Runs the decoder over embedded tokens.
 
         x: [B, T, n_embd]. split: which of them are image words (None: none). With a cache the tokens continue
-        each of its rows and are stored in it; the caller then says so with cache.start or cache.advance.
-        With documents (B is 1 then, and there is no cache) the row is several sequences.
+        each of its rows and are stored in it, which the caller then adds to cache.lengths. n_visible: how many
+        of its positions may be looked at, those of these tokens included (None: it is empty, and they see only
+        each other). With documents (B is 1 then, and there is no cache) the row is several sequences.
         Returns [B, T, n_embd], normalised for lm_head.
         """
-        view = self._view(x, cache, documents)
+        view = self._view(x, cache, n_visible, documents)
         for i, layer in enumerate(self.layers):
             x = layer(x, view, split, None if cache is None else cache.layers[i])
         return self.norm(x)
 
-    def _view(self, x: Tensor, cache: Cache | None, documents: Documents | None) -> View:
-        T = x.shape[1]
+    def _view(self, x: Tensor, cache: Cache | None, n_visible: int | None, documents: Documents | None) -> View:
+        B, T = x.shape[:2]
         positions = torch.arange(T, device=x.device)[None]  # [1, T]
         if documents is not None:  # each counts from 0
             begins = documents.starts[:-1].repeat_interleave(documents.starts.diff(), output_size=T)
             positions = positions - begins
         mask = None
-        causal = cache is None or cache.longest == 0
-        n_visible = T
-        if not causal:
+        if n_visible is not None:
             positions = cache.lengths[:, None] + positions  # [B, T]
-            n_visible = cache.longest + T
-            if T > 1 or cache.ragged:  # a single token at the end of the cache sees all of it
-                keys = torch.arange(n_visible, device=x.device)
-                mask = (keys <= positions[:, :, None])[:, None]  # [B, 1, T, n_visible]
+            hidden = torch.arange(n_visible, device=x.device) > positions[:, :, None]  # [B, T, n_visible]
+            mask = torch.zeros(hidden.shape, device=x.device, dtype=x.dtype).masked_fill(hidden, -torch.inf)[:, None]
         D = self.config.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
         angle = positions[..., None] * frequency  # [B or 1, T, D / 2]
         angle = torch.cat([angle, angle], dim=-1)[:, None]  # [B or 1, 1, T, D]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return View(cos, sin, positions, n_visible, mask, causal, documents)
+        rows = torch.arange(B, device=x.device)[:, None]
+        return View(cos, sin, rows, positions, mask, documents)

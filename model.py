@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from abstractor import Abstractor, AbstractorConfig
+from decode import Sampling, decode, take_step
 from llama import Cache, Documents, Llama, LlamaConfig, Split
 from vit import ViT, ViTConfig
 
@@ -131,6 +132,7 @@ class Owl(nn.Module):
         self.vit = ViT(config.vit)
         self.abstractor = Abstractor(config.abstractor)
         self.llama = Llama(config.llama)
+        self.step = take_step  # of generate; or decode.compiled_step()
         self.tokenizer_folder: Path | None = None  # whose tokenizer files go with the weights
 
     def init_weights(self) -> "Owl":
@@ -176,7 +178,7 @@ class Owl(nn.Module):
         x = self.llama.embed_tokens(ids.masked_fill(is_image, 0))
         if n_image == 0:
             return x, None
-        words = self.encode_images(images)
+        words = self.encode_images(images) if images.ndim == 4 else images
         x = x.masked_scatter(is_image[..., None], words.to(x.dtype))
         return x, Split.of(is_image, n_image * self.config.image_words)
 
@@ -193,6 +195,11 @@ class Owl(nn.Module):
             )
         return n_image
 
+    def make_cache(self, B: int = 1) -> Cache:
+        """An empty cache for `generate`: for conversations of B rows, which grows with them."""
+        weight = self.llama.embed_tokens.weight
+        return Cache(self.config.llama, B, weight.device, weight.dtype)
+
     def generate(
         self,
         ids: Tensor,
@@ -204,81 +211,73 @@ class Owl(nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
         stop: bool = True,
+        cache: Cache | None = None,
     ) -> Iterator[Tensor]:
-        """Continues a batch of prompts, yielding the next ids [B] of all rows, one step at a time.
+        """Continues a batch of prompts, yielding the next ids of all rows, [B] on the CPU, one step at a time.
 
         ids: [B, T] int64 as in forward; lengths [B]: rows shorter than T are padded on the right.
+        images: as in forward, or what encode_images made of them, so that many questions may share it.
         temperature 0 takes the likeliest token; above 0 one is drawn, among the top_k likeliest, or the
         fewest that together have probability top_p. With a seed, each row draws the same numbers as it
         would alone, whatever its neighbours; so two rows with the same prompt get the same answer.
         A row ends with </s>, which is yielded, and yielded again while other rows go on; the iterator ends
         when all rows have, or after max_new_tokens. stop=False does not stop at </s>. Rows also end where
         the context does.
+        cache: of make_cache. What it holds comes before ids, and is not computed again; afterwards it holds
+        cache.lengths tokens more of each row: the prompt's and those yielded, but for </s> and perhaps the last.
         Raises ValueError, at the call, for what cannot be done.
         """
         self._check_images(ids, images)
         B, T = ids.shape
-        lengths = torch.full((B,), T) if lengths is None else torch.as_tensor(lengths)
+        lengths = torch.full((B,), T) if lengths is None else torch.as_tensor(lengths).cpu()
         if lengths.shape != (B,) or T == 0 or int(lengths.min()) < 1 or int(lengths.max()) > T:
             raise ValueError(f"lengths must hold a number from 1 to {T} for each of the {B} rows of ids")
+        if cache is not None and cache.lengths.shape != (B,):
+            raise ValueError(f"the cache is of {len(cache.lengths)} rows, but ids of {B}")
+        held = lengths if cache is None else lengths + cache.lengths.cpu()
         context = self.config.llama.context
-        if int(lengths.max()) > context:
-            raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit the context of {context}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if int(held.max()) > context:
+            raise ValueError(f"a prompt of {int(held.max())} tokens does not fit the context of {context}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, not {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-        sampling = (temperature, top_k, top_p, seed)
-        return self._generate(ids, images, lengths.to(ids.device), max_new_tokens, sampling, stop)
+        sampling = Sampling(temperature, top_k, top_p)
+        sampling.check()
+        n = min(max_new_tokens, context + 1 - int(held.min()))  # the last token need not fit
+        steps = self._generate(ids, images, lengths, held, n, sampling, seed, stop, cache)
+        return (tokens.clone() for tokens in steps)  # tensors made in inference mode cannot be used in training
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _generate(
         self,
         ids: Tensor,
         images: Tensor | None,
         lengths: Tensor,
-        max_new_tokens: int,
-        sampling: tuple[float, int | None, float | None, int | None],
+        held: Tensor,
+        n: int,
+        sampling: Sampling,
+        seed: int | None,
         stop: bool,
+        cache: Cache | None,
     ) -> Iterator[Tensor]:
-        """What generate promises, once its arguments are found good. sampling: temperature, top_k, top_p, seed."""
+        """What generate promises, once its arguments are found good. held: [B], lengths with what the cache holds."""
+        if n == 0:
+            return
         B, T = ids.shape
-        config = self.config.llama
-        temperature, top_k, top_p, seed = sampling
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-
-        # Prefill: read the whole prompts, keep their keys and values, look at each row's last token.
+        shrink = cache is None and self.step is take_step
+        cache = cache or self.make_cache(B)
+        before = cache.longest
+        cache.grow(before + max(T, min(T + n, self.config.llama.context)))
         x, split = self._embed(ids, images)
-        size = max(T, min(T + max_new_tokens, config.context)) + 1  # the last place is for rows that have ended
-        cache = Cache(config, B, size, x.device, x.dtype)
-        x = self.llama(x, split, cache)
-        x = x[torch.arange(B, device=x.device), lengths - 1]  # [B, n_embd]
-        cache.start(lengths)
-
-        for step in range(max_new_tokens):
-            logits = self.llama.lm_head(x).float()  # [B, vocab_size]
-            if temperature == 0:
-                token = logits.argmax(dim=-1)
-            else:
-                # One number for all rows where there is a seed: then a row draws what it would draw alone.
-                luck = torch.rand(B if seed is None else 1, generator=generator)
-                token = draw(logits, temperature, top_k, top_p, luck.to(logits.device))
-            token = torch.where(ended, config.eos_id, token)
-            yield token
-            # A row ends with </s>, or when the token just drawn finds no place left to stand in the context.
-            ended = ended | (cache.lengths >= config.context)
-            if stop:
-                ended = ended | (token == config.eos_id)
-            if bool(ended.all()) or step == max_new_tokens - 1:
-                return
-            # What rows that have ended compute from here on is not used.
-            x = self.llama(self.llama.embed_tokens(token)[:, None], None, cache)[:, 0]
-            cache.advance(ended)
+        x = self.llama(x, split, cache, before + T if before else None)
+        x = x[torch.arange(B, device=x.device), lengths.to(x.device) - 1]  # [B, n_embd]
+        cache.lengths.copy_(held)
+        cache.longest = int(held.max())
+        if seed is None:
+            luck = torch.rand(n, B)
+        else:  # one number for all rows: then a row draws what it would draw alone
+            generator = torch.Generator().manual_seed(seed)
+            luck = torch.stack([torch.rand(1, generator=generator) for _ in range(n)]).expand(n, B)
+        yield from decode(self.llama, x, cache, held, luck.to(x.device), sampling, stop, self.step, shrink)
 
 
 def summed_loss(lm_head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
@@ -295,20 +294,3 @@ def summed_loss(lm_head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
     for chunk in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
         total = total + checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
     return total
-
-
-def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
-    """Draws a token a row: the one at which the running sum of probabilities passes `luck`.
-
-    logits: [B, V] float32. luck: [B] or [1], uniform in 0..1. Returns [B] int64.
-    """
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0: none overflows
-    p, token = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        p[:, top_k:] = 0
-    if top_p is not None:
-        before = p.cumsum(dim=-1) - p
-        p[before >= top_p * p.sum(dim=-1, keepdim=True)] = 0  # never the first
-    total = p.cumsum(dim=-1)
-    choice = (total <= luck[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)
-    return token.gather(1, choice.clamp(max=p.shape[1] - 1))[:, 0]

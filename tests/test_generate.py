@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from model import IMAGE_ID, Owl, draw
+from decode import draw
+from model import IMAGE_ID, Owl
 
 STYLES = ("owl1", "owl2")
 EOS = 2
@@ -139,7 +140,8 @@ def test_end_token_is_yielded_and_from_then_on(owls, padded, monkeypatch, style)
 
     monkeypatch.setattr(model.llama.lm_head, "forward", lm_head)
     ids, lengths = padded([torch.tensor([3, 4]), torch.tensor([3])])
-    tokens = collect(model.generate(ids, lengths=lengths, max_new_tokens=50))
+    cache = model.make_cache(2)  # with which no row is taken out of the batch
+    tokens = collect(model.generate(ids, lengths=lengths, max_new_tokens=50, cache=cache))
     assert tokens.tolist() == [[5, 5, EOS, EOS, EOS, EOS], [5, 5, 5, 5, 5, EOS]]
 
     steps = itertools.count()

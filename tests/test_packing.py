@@ -129,7 +129,7 @@ def test_positions_begin_anew_with_each_sample(owl):
         logits = owl(batch.ids, batch.images, documents=Documents(batch.starts, batch.longest))[0][0]
     T = len(samples[3].ids)
     assert_close(logits[:T], logits[-T:])
-    view = owl.llama._view(torch.zeros(1, batch.ids.shape[1], 32), None, Documents(batch.starts, batch.longest))
+    view = owl.llama._view(torch.zeros(1, batch.ids.shape[1], 32), None, None, Documents(batch.starts, batch.longest))
     assert view.positions[0].tolist() == [i for sample in twice for i in range(len(sample.ids))]
     # And positions matter at all: were they not to begin anew, this would be seen.
     as_one = owl(batch.ids, batch.images)[0][0]

@@ -1,0 +1,233 @@
+"""Decoding: a prompt is read at once, then words are chosen one by one (in the manner of gpt-fast).
+
+    prompt x [B, T, n_embd] --Llama--> last word [B, n_embd] --lm_head, choose--> token [B]      the prefill
+                                |  ^
+                                v  |
+                        keys and values (Cache)
+                                |  ^
+                                v  |
+    token [B] --embed_tokens--Llama--> [B, n_embd] --lm_head, choose--> next token [B]           a step
+
+A step reads every weight once, to make one token a row: it can be no faster than memory. To come near that, nothing
+else may cost. All that a step reads or writes has its fixed place (`State`, `Cache`), its shapes depend only on how
+far into the cache it looks, and it never asks the device for a value. So on CUDA it is recorded as a graph, and then
+a token is one launch; and the host sends off a step before it reads the token of the step before.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llama import BUCKET, Cache, Llama
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen."""
+
+    temperature: float = 0.0  # 0: the likeliest; above, one is drawn, the likelier the oftener
+    top_k: int | None = None  # among so many of the likeliest
+    top_p: float | None = None  # among the fewest that together have this probability
+
+    def check(self) -> None:
+        """Raises ValueError for what makes no sense."""
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+    def choose(self, logits: Tensor, luck: Tensor) -> Tensor:
+        """logits: [B, V]. luck: [B] float32, uniform in 0..1. Returns a token for each row, [B] int64."""
+        if self.temperature == 0:
+            return logits.max(dim=-1).indices  # on a CPU twice as fast as argmax
+        return draw(logits.float(), self.temperature, self.top_k, self.top_p, luck)
+
+
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, luck: Tensor) -> Tensor:
+    """Draws a token a row: the one at which the running sum of probabilities passes `luck`.
+
+    logits: [B, V] float32. luck: [B] or [1], uniform in 0..1. Returns [B] int64.
+    """
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0: none overflows
+    p, token = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        before = p.cumsum(dim=-1) - p
+        p = p.masked_fill(before >= top_p * p.sum(dim=-1, keepdim=True), 0)  # never the first
+    total = p.cumsum(dim=-1)
+    choice = (total <= luck[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)
+    return token.gather(1, choice.clamp(max=p.shape[1] - 1))[:, 0]
+
+
+# --- one step ----------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a step reads and writes besides the cache; on the device, each at its place."""
+
+    token: Tensor  # [B] int64: the newest token of each row
+    ended: Tensor  # [B] bool: rows that are over, and say </s> from then on
+    luck: Tensor  # [B] float32: what chance has to say to the next token
+
+
+def settle(llama: Llama, cache: Cache, state: State, token: Tensor, stop: bool) -> None:
+    """Takes the tokens chosen, [B], and sees which rows end with them: at </s>, or where the context is full."""
+    config = llama.config
+    state.token.copy_(torch.where(state.ended, config.eos_id, token))
+    state.ended.logical_or_(cache.lengths >= config.context)
+    if stop:
+        state.ended.logical_or_(state.token == config.eos_id)
+
+
+def take_step(llama: Llama, cache: Cache, state: State, n_visible: int, sampling: Sampling, stop: bool) -> None:
+    """Reads each row's newest token and chooses the next. n_visible: how far into the cache it looks."""
+    x = llama(llama.embed_tokens(state.token)[:, None], None, cache, n_visible)[:, 0]  # [B, n_embd]
+    cache.lengths.add_(~state.ended)  # of a row that is over, the next overwrites what was just written
+    settle(llama, cache, state, sampling.choose(llama.lm_head(x), state.luck), stop)
+
+
+Step = Callable[[Llama, Cache, State, int, Sampling, bool], None]
+
+
+def compiled_step() -> Step:
+    """take_step, compiled: its many small operations become few. The first call takes a minute."""
+    return torch.compile(take_step, fullgraph=True, dynamic=True, options={"coordinate_descent_tuning": True})
+
+
+def lay_out(llama: Llama) -> None:
+    """Lays wide float32 matrices on a CPU column by column, which the product with a single row reads faster.
+
+    Nothing else notices: a tensor's strides say how it lies.
+    """
+    for module in llama.modules():
+        if isinstance(module, nn.Linear) and module.out_features > 2 * module.in_features:
+            weight = module.weight.data
+            if weight.dtype == torch.float32 and weight.device.type == "cpu":
+                module.weight.data = weight.t().contiguous().t()
+
+
+class Decoder:
+    """Takes steps. On CUDA the first with a bucket of the cache is taken, the second recorded, all others replayed."""
+
+    def __init__(
+        self, llama: Llama, cache: Cache, state: State, luck: Tensor, sampling: Sampling, stop: bool, step: Step
+    ):
+        self.llama, self.cache, self.state, self.luck = llama, cache, state, luck
+        self.sampling, self.stop = sampling, stop
+        self.step = step
+        self.n_taken = 0
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by bucket
+
+    def advance(self) -> None:
+        """Takes a step. (On CUDA it has only been sent off when this returns.)"""
+        self.n_taken += 1
+        self.state.luck.copy_(self.luck[self.n_taken])
+        self.cache.longest = min(self.cache.longest + 1, self.cache.size - 1)
+        n_visible = self.cache.longest
+        on_cuda = self.state.token.is_cuda
+        if on_cuda or self.step is not take_step:  # of shapes there should be few
+            n_visible = min(-(-n_visible // BUCKET) * BUCKET, self.cache.size - 1)
+        arguments = self.llama, self.cache, self.state, n_visible, self.sampling, self.stop
+        if not on_cuda or n_visible not in self.graphs:
+            self.graphs[n_visible] = None
+            self.step(*arguments)
+            return
+        if self.graphs[n_visible] is None:
+            self.graphs[n_visible] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[n_visible]):  # what is recorded is not run
+                self.step(*arguments)
+        self.graphs[n_visible].replay()
+
+    def keep(self, rows: list[int]) -> None:
+        """Goes on with these rows alone."""
+        index = torch.tensor(rows, device=self.state.token.device)
+        self.cache.keep(index)
+        self.state = State(*(tensor[index] for tensor in self.state))
+        self.luck = self.luck[:, index]
+        self.graphs = {}  # they were of the old places
+
+
+# --- all steps ---------------------------------------------------------------------------------------
+
+
+class Arriving:
+    """A tensor on its way to the CPU."""
+
+    def __init__(self, tensor: Tensor):
+        if tensor.is_cuda:
+            self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.tensor = tensor.cpu().clone()
+            self.event = None
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor
+
+
+def ahead(items: Iterator, n: int) -> Iterator:
+    """The same items, each asked for n items before it is handed on."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def decode(
+    llama: Llama,
+    x: Tensor,
+    cache: Cache,
+    held: Tensor,
+    luck: Tensor,
+    sampling: Sampling,
+    stop: bool,
+    step: Step,
+    shrink: bool,
+) -> Iterator[Tensor]:
+    """Continues prompts that have been read: yields all rows' next tokens, [B] int64 on the CPU, step by step.
+
+    x: [B, n_embd], the prompts' last words out of the decoder. cache: with the prompts, and room. held: its lengths,
+    on the CPU. luck: [n, B] float32, for n tokens at the most. step: take_step, or that compiled.
+    shrink: forget rows that are over, once they are half of those computed.
+    A row that is over says </s>. Ends when all are, or after n tokens.
+    """
+    B = x.shape[0]
+    token = sampling.choose(llama.lm_head(x), luck[0])
+    state = State(token, torch.zeros_like(token, dtype=torch.bool), luck[0].clone())
+    settle(llama, cache, state, token, stop)
+    decoder = Decoder(llama, cache, state, luck, sampling, stop, step)
+    rows = list(range(B))  # those that are computed
+
+    def tokens() -> Iterator[tuple[list[int], Arriving]]:
+        yield rows, Arriving(decoder.state.token)
+        for _ in luck[1:]:
+            decoder.advance()
+            yield rows, Arriving(decoder.state.token)
+
+    # The GPU is always one step ahead: it need not wait until a token has been looked at.
+    ended = torch.zeros(B, dtype=torch.bool)
+    for seen, token in ahead(tokens(), 1 if x.is_cuda else 0):
+        all_tokens = torch.full((B,), llama.config.eos_id)
+        all_tokens[seen] = token.wait()
+        yield all_tokens
+        ended |= held >= llama.config.context
+        if stop:
+            ended |= all_tokens == llama.config.eos_id
+        held = held + ~ended
+        if ended.all():
+            return
+        going = [i for i, row in enumerate(rows) if not ended[row]]
+        if shrink and 2 * len(going) <= len(rows):
+            decoder.keep(going)
+            rows = [rows[i] for i in going]
