@@ -96,6 +96,8 @@ Step = Callable[[Llama, Cache, State, int, Sampling, bool], None]
 
 def compiled_step() -> Step:
     """take_step, compiled: its many small operations become few. The first call takes a minute."""
+    # One program for each way of choosing, and for one row or several: more than the 8 at which torch gives up.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(take_step, fullgraph=True, dynamic=True, options={"coordinate_descent_tuning": True})
 
 

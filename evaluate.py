@@ -29,9 +29,10 @@ from data.text import IMAGE_MARK, Tokenizer, conversation_turns, expand_images, 
 from launch import fail
 from model import Owl
 from parallel import Place, start_process
+from quantize import BITS
 from train import validate
 from watch import Skips
-from weights import load_model
+from weights import load_model, read_quantization
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
 
@@ -98,8 +99,8 @@ def ask(
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    device = model.llama.lm_head.weight.device
-    pixels = torch.stack(images).to(device, model.llama.lm_head.weight.dtype) if images else None
+    device = model.llama.embed_tokens.weight.device
+    pixels = torch.stack(images).to(device, model.llama.embed_tokens.weight.dtype) if images else None
     steps = list(model.generate(ids.to(device), pixels, lengths, max_new_tokens=max_new_tokens))
     answers = torch.stack(steps, dim=1).tolist()  # [B, steps]
     texts = []
@@ -128,6 +129,7 @@ def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="FILE", help="questions, as conversations of one turn")
     p.add_argument("--weights", metavar="FOLDER", default=EMBEDDED, help="model folder (default: the embedded one)")
+    p.add_argument("--quantize", choices=BITS, help="the language model's matrices in 8 or 4 bits")
     p.add_argument("--images", choices=("right", "blank", "shuffled"), default="right", help="what the model is shown")
     p.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
     p.add_argument("--fit", choices=FITS, help="default: owl1 stretch, owl2 square")
@@ -147,7 +149,9 @@ def main() -> None:
             raise ValueError("--batch and --max-new-tokens must be 1 or more")
         place = start_process(args.device)
         device = place.device
-        model = load_model(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        fewer_bits = args.quantize or read_quantization(Path(args.weights))
+        dtype = torch.bfloat16 if device.type == "cuda" or fewer_bits else torch.float32
+        model = load_model(args.weights, device, dtype, args.quantize)
         tokenizer = Tokenizer(args.weights)
         model.config.llama.eos_id = tokenizer.eos_id
         if args.loss:

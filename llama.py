@@ -148,13 +148,15 @@ class Cache:
         return self.layers[0][0].shape[2]
 
     def grow(self, size: int) -> None:
-        """Makes room for `size` positions a row: in whole buckets, so that there are few sizes, and one for leavings."""
+        """Makes room for `size` positions a row: whole buckets, so that sizes are few, and one place for leavings."""
         size = -(-size // BUCKET) * BUCKET + 1
         if size > self.size:
             self.layers = [tuple(F.pad(x, (0, 0, 0, size - self.size)) for x in layer) for layer in self.layers]
 
     def rewind(self, length: int) -> None:
-        """Forgets of each row all but its first `length` tokens."""
+        """Forgets of each row all but its first `length` tokens. ValueError for fewer than none."""
+        if length < 0:
+            raise ValueError(f"a cache is rewound to 0 tokens or more, not {length}")
         self.lengths.clamp_(max=length)
         self.longest = min(self.longest, length)
 
@@ -306,7 +308,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        # Made of zeros: drawing numbers for a model without memory (on the meta device) would import torch's compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

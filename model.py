@@ -178,15 +178,21 @@ class Owl(nn.Module):
         x = self.llama.embed_tokens(ids.masked_fill(is_image, 0))
         if n_image == 0:
             return x, None
-        words = self.encode_images(images) if images.ndim == 4 else images
+        words = images if images.ndim == 3 else self.encode_images(images)
         x = x.masked_scatter(is_image[..., None], words.to(x.dtype))
         return x, Split.of(is_image, n_image * self.config.image_words)
 
     def _check_images(self, ids: Tensor, images: Tensor | None) -> int:
         """Returns the number of images; ValueError unless they are of the model's size and ids has their places."""
+        n_image = 0
         if images is not None:
-            self.vit.check_size(images)
-        n_image = 0 if images is None else images.shape[0]
+            n_image = images.shape[0]
+            size, n_word, n_embd = self.config.image_size, self.config.image_words, self.config.llama.n_embd
+            if images.shape[1:] not in ((3, size, size), (n_word, n_embd)):
+                raise ValueError(
+                    f"this model takes images of shape [N, 3, {size}, {size}], or what encode_images made of them, "
+                    f"[N, {n_word}, {n_embd}], not {list(images.shape)}"
+                )
         places = int((ids == IMAGE_ID).sum())
         words = self.config.image_words
         if places != n_image * words:
@@ -195,6 +201,7 @@ class Owl(nn.Module):
             )
         return n_image
 
+    @torch.inference_mode(False)  # always: it may be rewound anywhere, and a compiled step knows it from no other
     def make_cache(self, B: int = 1) -> Cache:
         """An empty cache for `generate`: for conversations of B rows, which grows with them."""
         weight = self.llama.embed_tokens.weight
@@ -225,6 +232,7 @@ class Owl(nn.Module):
         the context does.
         cache: of make_cache. What it holds comes before ids, and is not computed again; afterwards it holds
         cache.lengths tokens more of each row: the prompt's and those yielded, but for </s> and perhaps the last.
+        (Of no new tokens at all nothing is read either.)
         Raises ValueError, at the call, for what cannot be done.
         """
         self._check_images(ids, images)
@@ -262,11 +270,13 @@ class Owl(nn.Module):
         """What generate promises, once its arguments are found good. held: [B], lengths with what the cache holds."""
         if n == 0:
             return
+        if cache is not None and not torch.equal(lengths + cache.lengths.cpu(), held):
+            raise ValueError("the cache has changed since the call: read an answer before the next question")
         B, T = ids.shape
         shrink = cache is None and self.step is take_step
         cache = cache or self.make_cache(B)
         before = cache.longest
-        cache.grow(before + max(T, min(T + n, self.config.llama.context)))
+        cache.grow(max(before + T, min(before + T + n, self.config.llama.context)))
         x, split = self._embed(ids, images)
         x = self.llama(x, split, cache, before + T if before else None)
         x = x[torch.arange(B, device=x.device), lengths.to(x.device) - 1]  # [B, n_embd]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.text import Tokenizer
+    from llama import Cache
     from model import Owl, OwlConfig
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny-owl2"
@@ -108,7 +109,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: bfloat16 on cuda and mps; on a CPU float32, or bfloat16 where float32 would not fit the memory",
+        help="auto: bfloat16 on cuda and mps, and where the weights are quantised; else, on a CPU, float32, or "
+        "bfloat16 where float32 would not fit the memory",
+    )
+    model.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="keep the language model's matrices in 8 or 4 bits: an Owl2-7B then fits 12 or 8 GB, and answers sooner "
+        "where reading the weights is what takes time (python quantize.py saves them so)",
+    )
+    model.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile what makes a word: takes a minute at the start, and pays off over many words",
     )
 
     sampling = parser.add_argument_group("answer")
@@ -174,7 +187,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"there is no device {name!r} here that torch can use") from None
 
 
-def pick_dtype(name: str, device: torch.device, config: OwlConfig) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, config: OwlConfig, quantised: bool) -> torch.dtype:
     """The dtype of that name, or for "auto" the one that suits the device."""
     import torch
 
@@ -182,7 +195,7 @@ def pick_dtype(name: str, device: torch.device, config: OwlConfig) -> torch.dtyp
 
     if name != "auto":
         return getattr(torch, name)
-    if device.type != "cpu":
+    if device.type != "cpu" or quantised:
         # Not float16: the owls were trained in bfloat16, whose range is float32's, and a few of LLaMA's
         # activations are so large that their squares leave float16's.
         return torch.bfloat16
@@ -193,22 +206,47 @@ def pick_dtype(name: str, device: torch.device, config: OwlConfig) -> torch.dtyp
     return torch.float32 if 4 * n_parameter < 0.75 * memory else torch.bfloat16
 
 
-def load(folder: Path, adapter: Path | None, device: torch.device, dtype: torch.dtype) -> Owl:
-    """Loads the weights and merges the adapter. Raises FileNotFoundError, ValueError or OSError."""
+def load(args: argparse.Namespace, folder: Path, device: torch.device, dtype: torch.dtype) -> Owl:
+    """Loads the weights, merges the adapter, quantises. Raises FileNotFoundError, ValueError or OSError."""
     import torch
 
+    import decode
     import lora
+    import quantize
     import weights
 
     try:
-        model = weights.load_model(folder, device, dtype)
+        # An adapter is merged into whole weights, which are quantised then; else they are as they come.
+        model = weights.load_model(folder, device, dtype, None if args.adapter else args.quantize)
+        if args.adapter is not None:
+            weights.load_non_lora(model, args.adapter)
+            lora.load(model, args.adapter, official=lambda name: weights.official_name(name, model.config.style))
+            lora.merge(model)
+            if args.quantize is not None:
+                quantize.quantize(model.llama, quantize.BITS[args.quantize])
     except torch.OutOfMemoryError:
         raise ValueError(f"{folder} does not fit the memory of {device} in {dtype}") from None
-    if adapter is not None:
-        weights.load_non_lora(model, adapter)
-        lora.load(model, adapter, official=lambda name: weights.official_name(name, model.config.style))
-        lora.merge(model)
+    decode.lay_out(model.llama)
     return model
+
+
+def compile_step(model: Owl, args: argparse.Namespace) -> None:
+    """Has the model's step compiled, by taking one. Raises ValueError where that cannot be done."""
+    import torch
+
+    import decode
+
+    notice("Compiling, which takes about a minute (less, where it was done before).")
+    model.step = decode.compiled_step()
+    device = model.llama.embed_tokens.weight.device
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    try:
+        for word in range(model.config.llama.vocab_size):
+            prompt = torch.tensor([[word]], device=device)
+            if len(list(model.generate(prompt, max_new_tokens=2, cache=model.make_cache(), **sampling))) == 2:
+                break  # an answer that did not end with its first token: a step was taken
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ValueError(f"--compile cannot be done here: {str(error).splitlines()[0]}") from None
 
 
 # --- the conversation --------------------------------------------------------------------------------
@@ -218,7 +256,7 @@ class Conversation:
     """What was said and shown so far.
 
     messages: questions and answers in turn. images: those in the messages, in order, [3, S, S] each.
-    waiting: those that come with the next question.
+    waiting: those that come with the next question. cache: what the model keeps of the tokens it has read, `read`.
     """
 
     def __init__(self, config: OwlConfig, tokenizer: Tokenizer, fit: str):
@@ -231,6 +269,8 @@ class Conversation:
         self.messages: list[str] = []
         self.images: list[Tensor] = []
         self.waiting: list[Tensor] = []
+        self.cache: Cache | None = None
+        self.read: list[int] = []
 
     def show(self, path: str) -> None:
         """Adds an image to the next question. Raises ValueError for a file that cannot be shown."""
@@ -238,14 +278,12 @@ class Conversation:
 
         self.waiting.append(to_pixels(load_image(path), self.config.image_size, self.fit))
 
-    def ask(self, question: str) -> tuple[Tensor, Tensor | None]:
-        """Adds a question with its images: the whole conversation as ids [1, T] and images [N, 3, S, S].
+    def ask(self, question: str) -> list[int]:
+        """Adds a question with its images. Returns the whole conversation as ids.
 
         Raises ValueError, and changes nothing, if the question has more image marks than there are images
         or the conversation outgrows the model's context.
         """
-        import torch
-
         from data.text import IMAGE_MARK, expand_images, render_prompt
 
         # Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes: they become "?".
@@ -268,7 +306,7 @@ class Conversation:
         self.messages += [question, ""]
         self.images += leftover + marked
         self.waiting = []
-        return torch.tensor([ids]), torch.stack(self.images) if self.images else None
+        return ids
 
     def answered(self, text: str) -> None:
         """Puts the answer to the last question in its place."""
@@ -277,13 +315,12 @@ class Conversation:
         self.messages[-1] = IMAGE_MARK.sub(" ", text)  # said by the model, a mark stands for no image
 
 
-def stream(steps: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
-    """Turns an answer's ids, one at a time, into its text, piece by piece.
+def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """Turns an answer's ids, one at a time, into its text, piece by piece; puts them into the list `ids` as well.
 
     A token is seldom a word, and whether a space stands before it depends on its neighbours: so the answer
     is decoded from its start each time, and what is new is handed on.
     """
-    ids: list[int] = []
     text = ""
     n_shown = 0
     for step in steps:
@@ -299,27 +336,44 @@ def stream(steps: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
         yield text[n_shown:]
 
 
-def answer(
-    model: Owl, conversation: Conversation, ids: Tensor, images: Tensor | None, args: argparse.Namespace
-) -> None:
-    """Prints the answer as it is made, and puts it in the conversation, also if Ctrl-C cuts it short."""
-    device = model.llama.lm_head.weight.device
+def answer(model: Owl, conversation: Conversation, ids: list[int], args: argparse.Namespace) -> None:
+    """Prints the answer as it is made, and puts it in the conversation, also if Ctrl-C cuts it short.
+
+    What the model has read of the conversation before is not read again: only what is new goes through it.
+    """
+    import torch
+
+    from model import IMAGE_ID
+
+    if conversation.cache is None:
+        conversation.cache = model.make_cache()
+    # Rendered anew, an answer may be cut into other tokens than those it was made of: what is known is what is equal.
+    n = 0
+    while n < min(len(conversation.read), len(ids) - 1) and conversation.read[n] == ids[n]:
+        n += 1
+    conversation.read = ids[:n]
+    conversation.cache.rewind(n)
+    images = conversation.images[ids[:n].count(IMAGE_ID) // model.config.image_words :]
+    device = model.llama.embed_tokens.weight.device
     steps = model.generate(
-        ids.to(device),
-        None if images is None else images.to(device),
+        torch.tensor([ids[n:]], device=device),
+        torch.stack(images).to(device) if images else None,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        cache=conversation.cache,
     )
+    said: list[int] = []
     text = ""
     try:
-        for piece in stream(steps, conversation.tokenizer):
+        for piece in stream(steps, conversation.tokenizer, said):
             text += piece
             print(piece, end="", flush=True)
     finally:
         conversation.answered(text)
+        conversation.read = (ids + said)[: int(conversation.cache.lengths)]
         print(flush=True)
 
 
@@ -366,11 +420,11 @@ def take_turn(model: Owl, conversation: Conversation, line: str, args: argparse.
         if line.startswith("/"):
             obey(conversation, line)
             return
-        ids, images = conversation.ask(line)
+        ids = conversation.ask(line)
     except ValueError as error:
         notice(str(error))
         return
-    answer(model, conversation, ids, images, args)
+    answer(model, conversation, ids, args)
 
 
 def obey(conversation: Conversation, line: str) -> None:
@@ -394,9 +448,10 @@ def obey(conversation: Conversation, line: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    import quantize
     from data.image import DEFAULT_FIT
     from data.text import Tokenizer
-    from weights import read_config
+    from weights import read_config, read_quantization
 
     folder = args.weights or TINY
     # All that can be wrong is looked at before the weights, which may take minutes, and only here is an error
@@ -412,15 +467,21 @@ def main(argv: list[str] | None = None) -> None:
         for path in args.image:
             conversation.show(path)
         if args.prompt is not None:
-            ids, images = conversation.ask(args.prompt)
+            ids = conversation.ask(args.prompt)
         device = pick_device(args.device)
-        dtype = pick_dtype(args.dtype, device, config)
-        model = load(folder, args.adapter, device, dtype)
+        dtype = pick_dtype(args.dtype, device, config, bool(args.quantize or read_quantization(folder)))
+        model = load(args, folder, device, dtype)
         model.config.llama.eos_id = tokenizer.eos_id
+        if args.compile:
+            compile_step(model, args)
     except (ValueError, OSError) as error:
         fail(error)
 
-    notice(f"{folder} on {device} in {str(dtype).removeprefix('torch.')}")
+    bits = quantize.bits_of(model)
+    codes = f", its language model in {bits} bits" if bits else ""
+    notice(f"{folder} on {device} in {str(dtype).removeprefix('torch.')}{codes}")
+    if bits and (why := quantize.why_slow(bits, device, dtype, args.compile)):
+        notice(why)
     if args.weights is None:
         notice(TINY_NOTICE)
     if args.temperature == 0 and (args.top_k is not None or args.top_p is not None):
@@ -429,7 +490,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt is None:
         chat(model, conversation, args)
     else:
-        answer(model, conversation, ids, images, args)
+        answer(model, conversation, ids, args)
 
 
 if __name__ == "__main__":

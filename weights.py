@@ -36,6 +36,8 @@ from data.image import CLIP_MEAN, CLIP_STD
 from llama import LlamaConfig
 from lora import LoRALinear
 from model import Owl, OwlConfig, init_weights
+from quantize import BITS, GROUP, bits_of, encoded, is_packed, is_quantized
+from quantize import quantize as quantize_linears
 from vit import ViTConfig, resize_positions
 
 # Our name in vit.py: the official name below the vision tower's prefix. {i} is the layer.
@@ -351,6 +353,24 @@ def parse_config(content: dict, style: str) -> OwlConfig:
     return config
 
 
+def read_quantization(folder: Path) -> str | None:
+    """What a folder's weights are quantised to, a name of quantize.BITS; None if they are not.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for a config.json that read_config refuses, and for a
+    quantisation that is none of ours.
+    """
+    read_config(folder)
+    path = folder / "config.json"
+    given = read_json(path).get("quantization")
+    if given is None:
+        return None
+    for name, bits in BITS.items():
+        if given == {"bits": bits, "group": GROUP}:
+            return name
+    known = " or ".join(json.dumps({"bits": bits, "group": GROUP}) for bits in BITS.values())
+    raise ValueError(f"{path}: quantization should be {known}, not {json.dumps(given)[:200]}")
+
+
 def _section(content: dict, key: str) -> dict:
     """A section of a config; one that is not there is empty."""
     section = content.get(key, {})
@@ -418,7 +438,7 @@ def official_config(model: Owl) -> dict:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    dtype = str(model.llama.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
     if config.style == "owl1":
         return {
             "architectures": ["MplugOwlForConditionalGeneration"],
@@ -464,17 +484,38 @@ def official_preprocessor(model: Owl) -> dict:
 # --- load and save ---------------------------------------------------------------------------------
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Owl:
+def load_model(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
+) -> Owl:
     """Loads an official checkpoint folder, Owl1 or Owl2, in evaluation mode.
 
+    quantize: "int8" or "int4", to quantise the language model's Linears, each as it is read (quantize.py). A folder
+    that was saved quantised is loaded as it is.
     Raises FileNotFoundError or ValueError, in one sentence, for a folder that is not one, a file that cannot
-    be read, a key that the model does not have, and a tensor that is missing or of another shape.
+    be read, a key that the model does not have, and a tensor that is missing or of another shape; and for
+    quantised weights in float16, or quantised to something else than was asked for.
     """
     folder = Path(folder)
     config = read_shape(folder)
+    saved = read_quantization(folder)
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(f"weights are quantised to {' or '.join(BITS)}, not {quantize!r}")
+    if saved is not None and quantize not in (None, saved):
+        raise ValueError(f"{folder} is quantised to {saved} already, and cannot be to {quantize}")
+    kind = saved or quantize
+    if kind is not None and dtype == torch.float16:
+        raise ValueError("quantised weights compute in bfloat16 or float32, not in float16, whose range is too small")
     with torch.device("meta"):
         model = Owl(config).to(dtype)
-    fill(model, read_weights(folder, config), device)
+    tensors = read_weights(folder, config, saved)
+    if kind is not None:
+        quantize_linears(model.llama, BITS[kind])
+    if saved is None:
+        tensors = encoded(tensors, model, device)
+    fill(model, tensors, device)
     model.tokenizer_folder = folder
     return model.eval()
 
@@ -499,14 +540,22 @@ def read_shape(folder: str | Path) -> OwlConfig:
     return config
 
 
-def read_weights(folder: str | Path, config: OwlConfig) -> Iterator[tuple[str, Tensor]]:
+def read_weights(
+    folder: str | Path, config: OwlConfig, quantized: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yields (our name, tensor) for the whole model in a folder, one memory-mapped tensor at a time.
 
-    config: the folder's own, from read_shape. Raises as load_model does, the last of it at the end.
+    config: the folder's own, from read_shape. quantized: what read_quantization says of it; who does not say so gets
+    a ValueError for a quantised one. Raises as load_model does, the last of it at the end.
     """
     folder = Path(folder)
+    if read_quantization(folder) != quantized:
+        raise ValueError(f"{folder} is quantised, and training starts from weights that are not")
     with torch.device("meta"):
-        expected = Owl(config).state_dict()
+        model = Owl(config)
+    if quantized is not None:
+        quantize_linears(model.llama, BITS[quantized])
+    expected = model.state_dict()
     ours = {official_name(name, config.style): name for name in expected}
     unknown = []
     for path, key, tensor in read_folder(folder):
@@ -516,7 +565,13 @@ def read_weights(folder: str | Path, config: OwlConfig) -> Iterator[tuple[str, T
         if name is None:
             unknown.append(f"{path.name}: {key}")
             continue
-        _check_shape(path, key, tensor, expected.pop(name))
+        target = expected.pop(name)
+        _check_shape(path, key, tensor, target)
+        # Codes are whole numbers, and nothing else is.
+        if tensor.dtype != target.dtype and not (tensor.is_floating_point() and target.is_floating_point()):
+            raise ValueError(f"{path}: {key} is of {tensor.dtype}, but the model's is of {target.dtype}")
+        if name.endswith(".scale") and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} has numbers that are not finite")
         yield name, tensor
     _refuse_unknown(folder, unknown)
     for name in list(expected):
@@ -567,8 +622,10 @@ def load_non_lora(model: Owl, folder: str | Path) -> None:
     """Loads what an official LoRA run trained beside its adapter, if the adapter's folder holds such a file.
 
     non_lora_trainables.bin has base weights under PEFT's names, `base_model.model.` and the official name. Load it
-    before the adapter. Raises ValueError as load_model does.
+    before the adapter. Raises ValueError as load_model does, and for a model that is quantised.
     """
+    if is_quantized(model):
+        raise ValueError("an adapter cannot be merged into quantised weights: merge first, then quantise")
     path = Path(folder) / "non_lora_trainables.bin"
     if not path.is_file():
         return
@@ -618,12 +675,16 @@ def save_model(model: Owl, folder: str | Path) -> None:
     """Writes a model folder in the official layout: sharded safetensors, index, config.json, tokenizer files.
 
     The tokenizer files are those of model.tokenizer_folder, by default where the model was loaded from. Each file
-    is written beside its place and then moved there. Raises ValueError if an adapter is not
-    merged, or if the folder holds weights under other names, which readers would mix up with these.
+    is written beside its place and then moved there. A quantised model is saved as it is: its codes as NAME.weight,
+    with NAME.scale, and in config.json what they are. Raises ValueError if an adapter is not merged, if 4-bit
+    weights have been used on CUDA, or if the folder holds weights under other names, which readers would mix up
+    with these.
     """
     folder = Path(folder)
     if any(isinstance(module, LoRALinear) and not module.merged for module in model.modules()):
         raise ValueError("merge the adapter first (lora.merge), or save it alone (lora.save)")
+    if is_packed(model):
+        raise ValueError("4-bit weights cannot be saved once they have been used on CUDA: save the model before")
     folder.mkdir(parents=True, exist_ok=True)
     others = [name for name in WEIGHT_FILES[1:] if (folder / name).exists()]
     if others:
@@ -653,7 +714,10 @@ def save_model(model: Owl, folder: str | Path) -> None:
                 shutil.copyfile(source / name, folder / f"{name}.part")
                 (folder / f"{name}.part").replace(folder / name)
     write_json(folder / "preprocessor_config.json", official_preprocessor(model))
-    write_json(folder / "config.json", official_config(model))
+    config = official_config(model)
+    if is_quantized(model):
+        config["quantization"] = {"bits": bits_of(model), "group": GROUP}
+    write_json(folder / "config.json", config)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
 

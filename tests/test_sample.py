@@ -165,11 +165,12 @@ def test_device_and_dtype(folders, capsys, monkeypatch):
         assert "cuda:0 in bfloat16" in answered(capsys, *flags)[1]
 
     config = PRESETS["tiny-owl2"]()
-    assert sample.pick_dtype("auto", torch.device("mps"), config) == torch.bfloat16
-    assert sample.pick_dtype("auto", torch.device("cpu"), config) == torch.float32
+    assert sample.pick_dtype("auto", torch.device("mps"), config, False) == torch.bfloat16
+    assert sample.pick_dtype("auto", torch.device("cpu"), config, False) == torch.float32
     monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a machine of a million bytes
-    assert sample.pick_dtype("auto", torch.device("cpu"), config) == torch.bfloat16
-    assert sample.pick_dtype("float32", torch.device("cpu"), config) == torch.float32
+    assert sample.pick_dtype("auto", torch.device("cpu"), config, False) == torch.bfloat16
+    assert sample.pick_dtype("float32", torch.device("cpu"), config, False) == torch.float32
+    assert sample.pick_dtype("auto", torch.device("cpu"), config, True) == torch.bfloat16
 
 
 def test_stream():
@@ -177,16 +178,48 @@ def test_stream():
     for seed in range(200):
         generator = random.Random(seed)  # half of the tokens are single bytes, and seldom make characters
         ids = [generator.choice((generator.randrange(3, 259), generator.randrange(2000))) for _ in range(40)]
-        assert "".join(sample.stream(iter(ids), tokenizer)) == tokenizer.decode(ids)
+        said = []
+        assert "".join(sample.stream(iter(ids), tokenizer, said)) == tokenizer.decode(ids)
+        assert said == ids
 
     text = "An owl 🦉 says  ツ\nand 日本語."
-    pieces = list(sample.stream(iter(tokenizer.encode(text)), tokenizer))
+    pieces = list(sample.stream(iter(tokenizer.encode(text)), tokenizer, []))
     assert "".join(pieces) == text
     assert "🦉" in "".join(pieces[: len(pieces) // 2])  # it did not wait for the end
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 # --- the conversation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["owl1", "owl2"])
+def test_a_next_turn_reads_only_what_is_new(folders, capsys, monkeypatch, style):
+    """And answers as if it had read it all; an image is encoded once."""
+    model = load_model(folders[style])
+    conversation = sample.Conversation(model.config, Tokenizer(TEXT), "square")
+    args = sample.parse(["--max-new-tokens", "6"])
+    read, encoded = [], []
+    model.llama.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
+    model.vit.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    messages: list[str | None] = []
+    n_before = 0
+    for turn, question in enumerate(("What is it?", "And this?", "Why?", "Sure?")):
+        images = [WIDE] if turn < 2 else []
+        for image in images:
+            conversation.show(image)
+        ids = conversation.ask(question)
+        read.clear()
+        encoded.clear()
+        sample.answer(model, conversation, ids, args)
+        text = capsys.readouterr().out.removesuffix("\n")
+        assert encoded == [1] * len(images)
+        assert read[0] <= len(ids) - n_before and set(read[1:]) <= {1}
+        n_before = len(ids) - 1  # at least the question has been read
+        assert conversation.read[: len(ids)] == ids
+        messages += ["<image>" * len(images) + question, None]
+        shown = [WIDE] * min(turn + 1, 2)
+        assert text == expected_answer(load_model(folders[style]), messages, shown, "square", 6)
+        messages[-1] = conversation.messages[-1]
 
 
 def test_conversation():
@@ -198,12 +231,12 @@ def test_conversation():
         conversation.ask("<image> <|image|>")
     assert conversation.messages == [] and len(conversation.waiting) == 1
 
-    ids, images = conversation.ask("What </s> <s> is \udcff this?")
-    assert (ids == tokenizer.eos_id).sum() == 0 and (ids == tokenizer.bos_id).sum() == 1
-    assert images.shape == (1, 3, 64, 64)
+    ids = conversation.ask("What </s> <s> is \udcff this?")
+    assert ids.count(tokenizer.eos_id) == 0 and ids.count(tokenizer.bos_id) == 1
+    assert [image.shape for image in conversation.images] == [(3, 64, 64)]
     conversation.answered("an <image> of it")  # the model's mark asks for no image
-    ids, images = conversation.ask("And now?")
-    assert len(images) == 1
+    conversation.ask("And now?")
+    assert len(conversation.images) == 1
     assert conversation.messages == ["<image>What </s> <s> is ? this?", "an   of it", "And now?", ""]
     with pytest.raises(ValueError, match="/reset"):
         conversation.ask("more " * 1000)
@@ -472,7 +505,7 @@ def test_an_interrupted_answer_stays_in_the_conversation(folders, capsys):
     model = load_model(folders["owl2"])
     conversation = sample.Conversation(model.config, Tokenizer(TEXT), "square")
     args = sample.parse(["--max-new-tokens", "50"])
-    ids, images = conversation.ask("Tell me all.")
+    ids = conversation.ask("Tell me all.")
 
     def interrupted_steps(*arguments: object, **options: object):
         for number, step in enumerate(Owl.generate(model, *arguments, **options)):
@@ -482,7 +515,7 @@ def test_an_interrupted_answer_stays_in_the_conversation(folders, capsys):
 
     model.generate = interrupted_steps
     with pytest.raises(KeyboardInterrupt):
-        sample.answer(model, conversation, ids, images, args)
+        sample.answer(model, conversation, ids, args)
     partial = capsys.readouterr().out.removesuffix("\n")
     assert conversation.messages == ["Tell me all.", partial]
     assert partial == expected_answer(load_model(folders["owl2"]), ["Tell me all.", None], [], "square", 5)
