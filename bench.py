@@ -7,7 +7,7 @@
     python bench.py loader --data 'laion/*.tar' --image-size 224
     python bench.py generate                                    the weights in bf16, int8 and int4, on a CPU in fp32 too
     python bench.py generate --precision bf16 --quantize int8 --compile
-    python bench.py quantize                                    what bf16, int8 and int4 change in the logits
+    python bench.py quantize                                    what bf16, int8 and int4 save and change
 
 `train` takes steps of a stage with random weights on random samples (each one image and --length words) and prints, of
 the median step: tokens/s, images/s, MFU (the share of the device's FLOP/s that the step's FLOPs, counted once, take up;
@@ -32,8 +32,9 @@ median:
 Then `generate` compares, by turns, so that whatever else the machine does hits all alike: the prefill of 512 words and
 an image with and without the modality-adaptive module, and on a CPU both prefill and decoding with transformers' LLaMA.
 
-`quantize` prints how far outputs move from those in float32: of single Linears as large as the 7B's, and the logits of
-the embedded model and of mid-owl2. (Random weights, as all but the embedded ones are here, are the hardest case.)
+`quantize` prints the sizes of the 7B, and how far outputs move from those in float32: of single Linears as large as the
+7B's, and the logits of the embedded model and of mid-owl2. (Random weights, as all but the embedded ones are here, are
+the hardest case.)
 """
 
 import argparse
@@ -532,7 +533,14 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
 
 @torch.inference_mode()
 def bench_quantize() -> None:
-    """Prints what fewer bits do to outputs."""
+    """Prints how large the 7B are in fewer bits, and what these do to outputs."""
+    for preset, (name, bits) in product(("owl1-7b", "owl2-7b"), {"bf16": None, **quantize.BITS}.items()):
+        with torch.device("meta"):
+            owl = Owl(PRESETS[preset]()).bfloat16()
+        if bits is not None:
+            quantize.quantize(owl.llama, bits)
+        print(f"{f'{preset}, {name}':<44}{sum(x.nbytes for x in owl.state_dict().values()) / 1e9:>12.2f} GB")
+    print()
     print(f"{'a Linear, random weights and inputs':<44}{'relative error':>15}")
     for n_out, n_in in ((4096, 4096), (11008, 4096), (4096, 11008)):
         torch.manual_seed(0)

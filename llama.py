@@ -170,7 +170,7 @@ class View(NamedTuple):
     """How this pass's T tokens see the sequence: the same for all layers."""
 
     cos: Tensor  # [B or 1, 1, T, head_dim]: the rotary embedding of their positions
-    sin: Tensor
+    sin: Tensor  # its first half negative
     rows: Tensor  # [B, 1]: where in the cache they go: these rows,
     positions: Tensor  # [B or 1, T]: and these positions
     mask: Tensor | None  # [B, 1, T, n_visible]: 0 for what they see in the cache, -inf for the rest. None: a plain
@@ -179,8 +179,8 @@ class View(NamedTuple):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: turns each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, T, D]."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # of which sin holds the first half's sign
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -348,8 +348,8 @@ class Llama(nn.Module):
             mask = torch.zeros(hidden.shape, device=x.device, dtype=x.dtype).masked_fill(hidden, -torch.inf)[:, None]
         D = self.config.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-        angle = positions[..., None] * frequency  # [B or 1, T, D / 2]
-        angle = torch.cat([angle, angle], dim=-1)[:, None]  # [B or 1, 1, T, D]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        angle = (positions[..., None] * frequency)[:, None]  # [B or 1, 1, T, D / 2]
+        cos = torch.cat([angle.cos(), angle.cos()], dim=-1).to(x.dtype)  # [B or 1, 1, T, D]
+        sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).to(x.dtype)
         rows = torch.arange(B, device=x.device)[:, None]
         return View(cos, sin, rows, positions, mask, documents)
