@@ -2,7 +2,9 @@
 
     python tests/full_size.py write FOLDER --format bin           33 .bin shards, as the released ones (16 GB)
     python tests/full_size.py write FOLDER --format safetensors
+    python tests/full_size.py write FOLDER --layers 6             a part that fits the page cache beside the model (4 GB)
     python tests/full_size.py load FOLDER                         into bfloat16, then one image and a few tokens
+    python tests/full_size.py load FOLDER --quantize int8
 
 The weights are random (a block of random numbers, over and over): it is the sizes that matter here.
 Not a test that `make test` runs: it takes 16 GB of disk, and as much memory.
@@ -25,9 +27,11 @@ from weights import load_model, official_config, official_state, write_json
 N_SHARD = 33
 
 
-def write(folder: Path, kind: str) -> None:
+def write(folder: Path, kind: str, layers: int) -> None:
+    config = PRESETS["owl2-7b"]()
+    config.llama.n_layer = layers
     with torch.device("meta"):
-        model = Owl(PRESETS["owl2-7b"]()).to(torch.float16)
+        model = Owl(config).to(torch.float16)
     shapes = {key: tensor.shape for key, tensor in official_state(model).items() if "pos_embed" not in key}
     shard_bytes = sum(shape.numel() * 2 for shape in shapes.values()) / N_SHARD
     block = torch.randn(1 << 24).mul(0.02).half()
@@ -55,13 +59,18 @@ def write(folder: Path, kind: str) -> None:
     print(f"{written / 1e9:.1f} GB in {len(set(index.values()))} shards")
 
 
-def load(folder: Path) -> None:
+def load(folder: Path, quantize: str | None) -> None:
     before = peak_gb()
     start = time.perf_counter()
-    model = load_model(folder, dtype=torch.bfloat16)
+    model = load_model(folder, dtype=torch.bfloat16, quantize=quantize)
     seconds = time.perf_counter() - start
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    print(f"loaded {size / 1e9:.1f} GB in {seconds:.0f} s; peak memory {peak_gb():.1f} GB ({before:.1f} GB before)")
+    print(f"loaded {size / 1e9:.2f} GB in {seconds:.1f} s; peak memory {peak_gb():.1f} GB ({before:.1f} GB before)")
+    block = torch.ones(10**9, dtype=torch.uint8)
+    start = time.perf_counter()
+    copy = torch.empty_like(block).copy_(block)
+    copying = time.perf_counter() - start
+    print(f"that is {size / seconds / 1e9:.1f} GB/s; a copy into new memory {len(copy) / copying / 1e9:.1f} GB/s")
     ids = torch.tensor([[1, 11889] + [IMAGE_ID] * model.config.image_words + [29901, 15129]])
     image = torch.randn(1, 3, model.config.image_size, model.config.image_size).bfloat16()
     start = time.perf_counter()
@@ -81,9 +90,11 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("do", choices=("write", "load"))
     p.add_argument("folder", type=Path)
+    p.add_argument("--layers", type=int, default=32, help="of the language model, all else at full size (default 32)")
+    p.add_argument("--quantize", choices=("int8", "int4"))
     p.add_argument("--format", choices=("bin", "safetensors"), default="bin")
     args = p.parse_args()
     if args.do == "write":
-        write(args.folder, args.format)
+        write(args.folder, args.format, args.layers)
     else:
-        load(args.folder)
+        load(args.folder, args.quantize)
