@@ -14,7 +14,7 @@ far into the cache it looks, and it never asks the device for a value. So on CUD
 a token is one launch; and the host sends off a step before it reads the token of the step before.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from llama import BUCKET, Cache, Llama
+
+RECORD_AFTER = 3  # steps with a bucket, on CUDA
 
 
 class Sampling(NamedTuple):
@@ -114,7 +116,11 @@ def lay_out(llama: Llama) -> None:
 
 
 class Decoder:
-    """Takes steps. On CUDA the first with a bucket of the cache is taken, the second recorded, all others replayed."""
+    """Takes steps. On CUDA the first few with a bucket of the cache are taken, the next is recorded, all others replayed.
+
+    (The first loads kernels, compiles and tunes, none of which may happen while a step is recorded. And a recording
+    takes as long as some steps do, which a short answer would not get back.)
+    """
 
     def __init__(
         self, llama: Llama, cache: Cache, state: State, luck: Tensor, sampling: Sampling, stop: bool, step: Step
@@ -123,7 +129,8 @@ class Decoder:
         self.sampling, self.stop = sampling, stop
         self.step = step
         self.n_taken = 0
-        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by bucket
+        self.n_plain: Counter[int] = Counter()  # steps that were not recorded, by bucket
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # likewise
 
     def advance(self) -> None:
         """Takes a step. (On CUDA it has only been sent off when this returns.)"""
@@ -135,14 +142,16 @@ class Decoder:
         if on_cuda or self.step is not take_step:  # of shapes there should be few
             n_visible = min(-(-n_visible // BUCKET) * BUCKET, self.cache.size - 1)
         arguments = self.llama, self.cache, self.state, n_visible, self.sampling, self.stop
-        if not on_cuda or n_visible not in self.graphs:
-            self.graphs[n_visible] = None
+        if not on_cuda or self.n_plain[n_visible] < RECORD_AFTER:
+            self.n_plain[n_visible] += 1
             self.step(*arguments)
             return
-        if self.graphs[n_visible] is None:
-            self.graphs[n_visible] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n_visible]):  # what is recorded is not run
+        if n_visible not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            shared = next((other.pool() for other in self.graphs.values()), None)  # memory for what lies between
+            with torch.cuda.graph(graph, pool=shared):  # what is recorded is not run
                 self.step(*arguments)
+            self.graphs[n_visible] = graph
         self.graphs[n_visible].replay()
 
     def keep(self, rows: list[int]) -> None:
@@ -152,6 +161,7 @@ class Decoder:
         self.state = State(*(tensor[index] for tensor in self.state))
         self.luck = self.luck[:, index]
         self.graphs = {}  # they were of the old places
+        self.n_plain.clear()
 
 
 # --- all steps ---------------------------------------------------------------------------------------
@@ -201,7 +211,8 @@ def decode(
 
     x: [B, n_embd], the prompts' last words out of the decoder. cache: with the prompts, and room. held: its lengths,
     on the CPU. luck: [n, B] float32, for n tokens at the most. step: take_step, or that compiled.
-    shrink: forget rows that are over, once they are half of those computed.
+    shrink: forget rows that are over, once they are half of those computed (not in a cache that somebody keeps, nor
+    where steps are compiled, which is done for one number of rows).
     A row that is over says </s>. Ends when all are, or after n tokens.
     """
     B = x.shape[0]
@@ -212,6 +223,7 @@ def decode(
     rows = list(range(B))  # those that are computed
 
     def tokens() -> Iterator[tuple[list[int], Arriving]]:
+        # With the rows that a step was sent off for: once it arrives, fewer may be left.
         yield rows, Arriving(decoder.state.token)
         for _ in luck[1:]:
             decoder.advance()

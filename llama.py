@@ -148,10 +148,14 @@ class Cache:
         return self.layers[0][0].shape[2]
 
     def grow(self, size: int) -> None:
-        """Makes room for `size` positions a row: whole buckets, so that sizes are few, and one place for leavings."""
-        size = -(-size // BUCKET) * BUCKET + 1
-        if size > self.size:
-            self.layers = [tuple(F.pad(x, (0, 0, 0, size - self.size)) for x in layer) for layer in self.layers]
+        """Makes room for `size` positions a row: in whole buckets, so that sizes are few.
+
+        And one more: rows that are over still write, and if they fill the context it is there, where nobody looks.
+        """
+        more = -(-size // BUCKET) * BUCKET + 1 - self.size
+        if more > 0:
+            for i, layer in enumerate(self.layers):  # one by one: never all of them twice
+                self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in layer)
 
     def rewind(self, length: int) -> None:
         """Forgets of each row all but its first `length` tokens. ValueError for fewer than none."""
@@ -162,24 +166,29 @@ class Cache:
 
     def keep(self, rows: Tensor) -> None:
         """Forgets all rows but these, [n] int64."""
-        self.layers = [tuple(x[rows] for x in layer) for layer in self.layers]
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = tuple(x[rows] for x in layer)
         self.lengths = self.lengths[rows]
 
 
 class View(NamedTuple):
-    """How this pass's T tokens see the sequence: the same for all layers."""
+    """How this pass's T tokens see the sequence: the same for all layers.
+
+    With a mask they look at the cache; with documents, each at those before it in its own; with neither, each at all
+    before it.
+    """
 
     cos: Tensor  # [B or 1, 1, T, head_dim]: the rotary embedding of their positions
     sin: Tensor  # its first half negative
     rows: Tensor  # [B, 1]: where in the cache they go: these rows,
     positions: Tensor  # [B or 1, T]: and these positions
-    mask: Tensor | None  # [B, 1, T, n_visible]: 0 for what they see in the cache, -inf for the rest. None: a plain
-    documents: Documents | None  # causal mask over the tokens themselves, or one within each of these documents
+    mask: Tensor | None  # [B, 1, T, n_visible]: 0 for what they see, -inf for what not
+    documents: Documents | None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: turns each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, T, D]."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # of which sin holds the first half's sign
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the halves (a, b) as (b, a); that it must be (-b, a) is in sin
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
@@ -326,8 +335,8 @@ class Llama(nn.Module):
 
         x: [B, T, n_embd]. split: which of them are image words (None: none). With a cache the tokens continue
         each of its rows and are stored in it, which the caller then adds to cache.lengths. n_visible: how many
-        of its positions may be looked at, those of these tokens included (None: it is empty, and they see only
-        each other). With documents (B is 1 then, and there is no cache) the row is several sequences.
+        of its positions may be looked at, those of these tokens included (None: there is none or it is empty, and
+        they see only each other). With documents (B is 1 then, and there is no cache) the row is several sequences.
         Returns [B, T, n_embd], normalised for lm_head.
         """
         view = self._view(x, cache, n_visible, documents)

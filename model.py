@@ -150,7 +150,8 @@ class Owl(nn.Module):
         """Reads a batch of sequences; with labels, says how well each next token was foreseen.
 
         ids: [B, T] int64, IMAGE_ID at the n_query + 1 places of each image; rows padded on the right.
-        images: [N, 3, image_size, image_size], in the order of their places in ids (row by row).
+        images: [N, 3, image_size, image_size], in the order of their places in ids (row by row); or what
+        encode_images made of them.
         labels: [B, T] int64, aligned with ids (the shift by one happens here), IGNORE where not supervised.
         documents: where ids is one row of several sequences, where they begin (their first labels are IGNORE).
         Returns (logits [B, T, vocab_size], None) without labels and (None, loss []) with them: the mean
@@ -201,7 +202,7 @@ class Owl(nn.Module):
             )
         return n_image
 
-    @torch.inference_mode(False)  # always: it may be rewound anywhere, and a compiled step knows it from no other
+    @torch.inference_mode(False)  # always: so it may be rewound anywhere, and a step is compiled for one kind alone
     def make_cache(self, B: int = 1) -> Cache:
         """An empty cache for `generate`: for conversations of B rows, which grows with them."""
         weight = self.llama.embed_tokens.weight
@@ -286,7 +287,7 @@ class Owl(nn.Module):
             luck = torch.rand(n, B)
         else:  # one number for all rows: then a row draws what it would draw alone
             generator = torch.Generator().manual_seed(seed)
-            luck = torch.stack([torch.rand(1, generator=generator) for _ in range(n)]).expand(n, B)
+            luck = torch.rand(n, 1, generator=generator).expand(n, B)
         yield from decode(self.llama, x, cache, held, luck.to(x.device), sampling, stop, self.step, shrink)
 
 

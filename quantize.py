@@ -23,7 +23,9 @@ errors no later layer evens out.
           +-------- many rows: codes --> weights, some outputs at a time, then F.linear --+
 
 With few rows, as in each step of an answer, time goes into reading weights, and the kernel reads fewer bytes. With
-many, as in a prompt, it goes into products, and those of whole matrices are better at it.
+many, as in a prompt, it goes into products, and those of whole matrices are better at it. (That is on a CPU. On CUDA
+there is a kernel for 4 bits, which reads prompts too, and should be slower at them than bfloat16; 8 bits are left to
+the compiler, which spares the bytes for one row alone.)
 """
 
 import argparse
@@ -89,7 +91,7 @@ def decode4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def kernel_reads_blocks() -> bool:
     """Whether this CPU's int4 kernel takes codes as encode4 lays them out: each kind of CPU has a layout of its own."""
-    codes = torch.arange(BLOCK * GROUP, device="cpu").view(BLOCK, GROUP) * 7 // 5 % 16
+    codes = torch.arange(BLOCK * GROUP, device="cpu").view(BLOCK, GROUP) * 7 // 5 % 16  # rows and columns all differ
     ours = (codes[: BLOCK // 2] | codes[BLOCK // 2 :] << 4).t().to(torch.uint8)
     try:
         theirs = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
@@ -185,7 +187,7 @@ class QuantizedLinear(nn.Module):
                 self._pack()
             return torch._weight_int4pack_mm(x.bfloat16(), self.weight, GROUP, self.scale.bfloat16())
         if x.is_cuda:
-            # A compiler makes one pass over the codes of it. Left alone, weights are written out and read again.
+            # With one row a compiler makes one pass over the codes of it; else weights are written out and read again.
             return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         # (In float32 the kernel for 8 bits is slow, and there is none for 4.)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS[self.bits]:
@@ -278,7 +280,7 @@ def encoded(
 def why_slow(bits: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:
     """A sentence if answers would come slower than from weights that are not quantised, for the user; else None."""
     if device.type == "cuda" and bits == 8 and not compiled:
-        return "8-bit weights save memory here, but no time: on CUDA they are faster than bfloat16 only when compiled"
+        return "8-bit weights save memory here, but no time: on CUDA they are faster only when compiled, and for one row"
     if device.type == "cpu" and dtype != torch.bfloat16:
         return "quantised weights save memory here, but no time: on a CPU they are fast in bfloat16 only"
     if device.type == "cpu" and bits == 4 and not CPU_HAS_INT4:

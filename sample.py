@@ -182,9 +182,12 @@ def pick_device(name: str) -> torch.device:
         else:
             name = "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # depends on how torch was built
         raise ValueError(f"there is no device {name!r} here that torch can use") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # on which steps are recorded
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, config: OwlConfig, quantised: bool) -> torch.dtype:
@@ -236,7 +239,7 @@ def compile_step(model: Owl, args: argparse.Namespace) -> None:
 
     import decode
 
-    notice("Compiling, which takes about a minute (less, where it was done before).")
+    notice("Compiling, which takes a minute or more (less, where it was done before).")
     model.step = decode.compiled_step()
     device = model.llama.embed_tokens.weight.device
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
@@ -244,7 +247,7 @@ def compile_step(model: Owl, args: argparse.Namespace) -> None:
         for word in range(model.config.llama.vocab_size):
             prompt = torch.tensor([[word]], device=device)
             if len(list(model.generate(prompt, max_new_tokens=2, cache=model.make_cache(), **sampling))) == 2:
-                break  # an answer that did not end with its first token: a step was taken
+                break  # a step was taken: the answer did not end with its first token
     except torch._dynamo.exc.TorchDynamoException as error:
         raise ValueError(f"--compile cannot be done here: {str(error).splitlines()[0]}") from None
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import decode
 from conftest import pad_rows
-from decode import Decoder, Sampling, State, compiled_step, lay_out, take_step
+from decode import RECORD_AFTER, Decoder, Sampling, State, compiled_step, lay_out, take_step
 from llama import BUCKET, Cache, Llama, LlamaConfig, attend_once
 from model import IMAGE_ID, Owl
 from weights import save_model
@@ -533,6 +533,9 @@ def like_cuda(monkeypatch):
                 log.append("replay")
                 super().replay()
 
+            def pool(self):
+                return None
+
         class Late:
             def __init__(self, tensor: Tensor):
                 log.append("send")
@@ -544,7 +547,7 @@ def like_cuda(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
         monkeypatch.setattr(decode, "Arriving", Late)
         return log
 
@@ -577,7 +580,7 @@ def test_recorded_steps_equal_steps_taken(owls, like_cuda):
 
 
 def test_one_graph_a_bucket(owls, like_cuda, watch):
-    """The first step of a bucket is taken, the second recorded, and all others are replayed; the cache is the same."""
+    """The first steps of a bucket are taken, the next recorded, and all others are replayed; the cache is the same."""
     model = owls(context=700)
     ids = words(BUCKET - 10)[None]
     plain, cache = model.make_cache(), model.make_cache()
@@ -591,9 +594,10 @@ def test_one_graph_a_bucket(owls, like_cuda, watch):
     for ours, theirs in zip(itertools.chain(*cache.layers), itertools.chain(*plain.layers), strict=True):
         close(ours[:, :, :n], theirs[:, :, :n], 1e-5)
     # Position 246 comes first, so 10 steps see one bucket, 256 two, and the last 43 three.
-    assert log.count("replay") == 309 - 3
+    assert log.count("replay") == 309 - 3 * RECORD_AFTER
     assert log.count("record") == 3
-    assert [given.shape[1] for given, _ in passes] == [len(ids[0])] + [1, 1] * 3  # what runs in Python
+    ran = [given.shape[1] for given, _ in passes]  # in Python
+    assert ran == [len(ids[0])] + 3 * [1] * (RECORD_AFTER + 1)
     assert [item for item in log if item in ("record", "replay")][:3] == ["record", "replay", "replay"]
 
 
@@ -954,8 +958,8 @@ def test_no_step_waits_for_the_device(on_cuda, sampling):
     state = State(*(tensor.cuda() for tensor in blank_state(3)))
     decoder = Decoder(llama, cache, state, torch.rand(60, 3, device="cuda"), sampling, True, take_step)
     with torch.inference_mode():
-        decoder.advance()
-        decoder.advance()  # recorded here, which does wait
+        for _ in range(RECORD_AFTER + 1):
+            decoder.advance()  # the last is recorded, which does wait
         torch.cuda.set_sync_debug_mode("error")
         try:
             take_step(llama, cache, state, BUCKET, sampling, True)
@@ -964,7 +968,7 @@ def test_no_step_waits_for_the_device(on_cuda, sampling):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert list(decoder.graphs) == [BUCKET]
-    assert int(cache.lengths.max()) <= 23
+    assert int(cache.lengths.max()) <= 22 + RECORD_AFTER
 
 
 @needs_cuda

@@ -465,3 +465,19 @@ def test_the_command(golden_folder, tmp_path, monkeypatch, capsys):
         assert code == 2 and said == ""
         assert error.startswith("error: ") and error.count("\n") == 1 and word in error
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n_in", [64, 128, 192, 4096])
+def test_cuda_computes_with_the_same_weights(bits, n_in):
+    """The kernel there, before and after it has laid the codes out as it wants them."""
+    torch.manual_seed(0)
+    linear = QuantizedLinear(n_in, 70, bits)
+    linear.set_weight(torch.randn(70, n_in))
+    x = torch.randn(3, n_in).bfloat16()
+    expected = F.linear(x.float(), linear.dequantized())
+    linear.cuda()
+    for _ in range(2):
+        y = linear(x.cuda()).float().cpu()
+        assert float((y - expected).norm() / expected.norm()) < 0.01
