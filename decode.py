@@ -116,7 +116,7 @@ def lay_out(llama: Llama) -> None:
 
 
 class Decoder:
-    """Takes steps. On CUDA the first few with a bucket of the cache are taken, the next is recorded, all others replayed.
+    """Takes steps. On CUDA the first few with a bucket of the cache are taken, the next is recorded, the rest replayed.
 
     (The first loads kernels, compiles and tunes, none of which may happen while a step is recorded. And a recording
     takes as long as some steps do, which a short answer would not get back.)

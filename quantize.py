@@ -280,7 +280,7 @@ def encoded(
 def why_slow(bits: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:
     """A sentence if answers would come slower than from weights that are not quantised, for the user; else None."""
     if device.type == "cuda" and bits == 8 and not compiled:
-        return "8-bit weights save memory here, but no time: on CUDA they are faster only when compiled, and for one row"
+        return "8-bit weights save memory here, but no time: on CUDA they are faster only for one row and compiled"
     if device.type == "cpu" and dtype != torch.bfloat16:
         return "quantised weights save memory here, but no time: on a CPU they are fast in bfloat16 only"
     if device.type == "cpu" and bits == 4 and not CPU_HAS_INT4:

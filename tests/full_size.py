@@ -2,7 +2,7 @@
 
     python tests/full_size.py write FOLDER --format bin           33 .bin shards, as the released ones (16 GB)
     python tests/full_size.py write FOLDER --format safetensors
-    python tests/full_size.py write FOLDER --layers 6             a part that fits the page cache beside the model (4 GB)
+    python tests/full_size.py write FOLDER --layers 6             a part that fits the page cache too (4 GB)
     python tests/full_size.py load FOLDER                         into bfloat16, then one image and a few tokens
     python tests/full_size.py load FOLDER --quantize int8
 
