@@ -40,6 +40,7 @@ the hardest case.)
 import argparse
 import dataclasses
 import gc
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -404,8 +405,16 @@ def bench_generate(args: argparse.Namespace, place: Place) -> None:
 
 
 def by_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of the seconds that each call returns. In each round all have their turn; the first does not count."""
-    seconds = [{name: call() for name, call in calls.items()} for _ in range(1 + rounds)][1:]
+    """The median of the seconds that each call returns. In each round all have their turn; the first does not count.
+
+    In another order each time, since what a call leaves in the CPU's caches helps or hinders the next.
+    """
+    chance = random.Random(0)
+    seconds = []
+    for _ in range(1 + rounds):
+        names = chance.sample(list(calls), len(calls))
+        seconds.append({name: calls[name]() for name in names})
+    seconds = seconds[1:]
     return {name: median(turn[name] for turn in seconds) for name in calls}
 
 

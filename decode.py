@@ -146,13 +146,14 @@ class Decoder:
             self.n_plain[n_visible] += 1
             self.step(*arguments)
             return
-        if n_visible not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            shared = next((other.pool() for other in self.graphs.values()), None)  # memory for what lies between
-            with torch.cuda.graph(graph, pool=shared):  # what is recorded is not run
-                self.step(*arguments)
-            self.graphs[n_visible] = graph
-        self.graphs[n_visible].replay()
+        with torch.cuda.device_of(self.state.token):  # a graph is recorded on the current device, which may be another
+            if n_visible not in self.graphs:
+                graph = torch.cuda.CUDAGraph()
+                shared = next((other.pool() for other in self.graphs.values()), None)  # memory for what lies between
+                with torch.cuda.graph(graph, pool=shared):  # what is recorded is not run
+                    self.step(*arguments)
+                self.graphs[n_visible] = graph
+            self.graphs[n_visible].replay()
 
     def keep(self, rows: list[int]) -> None:
         """Goes on with these rows alone."""
@@ -175,7 +176,7 @@ class Arriving:
             self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.tensor.copy_(tensor, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(tensor.device))
         else:
             self.tensor = tensor.cpu().clone()
             self.event = None
@@ -231,9 +232,9 @@ def decode(
 
     # The GPU is always one step ahead: it need not wait until a token has been looked at.
     ended = torch.zeros(B, dtype=torch.bool)
-    for seen, token in ahead(tokens(), 1 if x.is_cuda else 0):
+    for computed, arriving in ahead(tokens(), 1 if x.is_cuda else 0):
         all_tokens = torch.full((B,), llama.config.eos_id)
-        all_tokens[seen] = token.wait()
+        all_tokens[computed] = arriving.wait()
         yield all_tokens
         ended |= held >= llama.config.context
         if stop:

@@ -231,9 +231,9 @@ class Owl(nn.Module):
         A row ends with </s>, which is yielded, and yielded again while other rows go on; the iterator ends
         when all rows have, or after max_new_tokens. stop=False does not stop at </s>. Rows also end where
         the context does.
-        cache: of make_cache. What it holds comes before ids, and is not computed again; afterwards it holds
-        cache.lengths tokens more of each row: the prompt's and those yielded, but for </s> and perhaps the last.
-        (Of no new tokens at all nothing is read either.)
+        cache: of make_cache. What it holds comes before ids, and is not computed again. Afterwards it holds the
+        prompt as well, and the tokens yielded but for </s> and perhaps the last: cache.lengths of each row in all.
+        (With max_new_tokens 0 nothing is read.)
         Raises ValueError, at the call, for what cannot be done.
         """
         self._check_images(ids, images)

@@ -182,12 +182,9 @@ def pick_device(name: str) -> torch.device:
         else:
             name = "cpu"
     try:
-        device = torch.empty(0, device=name).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # depends on how torch was built
         raise ValueError(f"there is no device {name!r} here that torch can use") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # on which steps are recorded
-    return device
 
 
 def pick_dtype(name: str, device: torch.device, config: OwlConfig, quantised: bool) -> torch.dtype:
