@@ -75,6 +75,14 @@ class State(NamedTuple):
     token: Tensor  # [B] int64: the newest token of each row
     ended: Tensor  # [B] bool: rows that are over, and say </s> from then on
     luck: Tensor  # [B] float32: what chance has to say to the next token
+    on_end: Tensor  # [B] float32: what is added to the logit of </s>: -inf while an answer may not end, then 0
+
+
+def choose(llama: Llama, x: Tensor, state: State, sampling: Sampling) -> Tensor:
+    """The next token of each row, [B] int64. x: [B, n_embd], the newest words out of the decoder."""
+    logits = llama.lm_head(x)
+    logits[:, llama.config.eos_id] += state.on_end
+    return sampling.choose(logits, state.luck)
 
 
 def settle(llama: Llama, cache: Cache, state: State, token: Tensor, stop: bool) -> None:
@@ -90,7 +98,7 @@ def take_step(llama: Llama, cache: Cache, state: State, n_visible: int, sampling
     """Reads each row's newest token and chooses the next. n_visible: how far into the cache it looks."""
     x = llama(llama.embed_tokens(state.token)[:, None], None, cache, n_visible)[:, 0]  # [B, n_embd]
     cache.lengths.add_(~state.ended)  # of a row that is over, the next overwrites what was just written
-    settle(llama, cache, state, sampling.choose(llama.lm_head(x), state.luck), stop)
+    settle(llama, cache, state, choose(llama, x, state, sampling), stop)
 
 
 Step = Callable[[Llama, Cache, State, int, Sampling, bool], None]
@@ -123,11 +131,20 @@ class Decoder:
     """
 
     def __init__(
-        self, llama: Llama, cache: Cache, state: State, luck: Tensor, sampling: Sampling, stop: bool, step: Step
+        self,
+        llama: Llama,
+        cache: Cache,
+        state: State,
+        luck: Tensor,
+        sampling: Sampling,
+        stop: bool,
+        step: Step,
+        min_new_tokens: int = 0,
     ):
         self.llama, self.cache, self.state, self.luck = llama, cache, state, luck
         self.sampling, self.stop = sampling, stop
         self.step = step
+        self.min_new_tokens = min_new_tokens
         self.n_taken = 0
         self.n_plain: Counter[int] = Counter()  # steps that were not recorded, by bucket
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # likewise
@@ -136,6 +153,8 @@ class Decoder:
         """Takes a step. (On CUDA it has only been sent off when this returns.)"""
         self.n_taken += 1
         self.state.luck.copy_(self.luck[self.n_taken])
+        if self.n_taken == self.min_new_tokens:
+            self.state.on_end.zero_()
         self.cache.longest = min(self.cache.longest + 1, self.cache.size - 1)
         n_visible = self.cache.longest
         on_cuda = self.state.token.is_cuda
@@ -207,20 +226,22 @@ def decode(
     stop: bool,
     step: Step,
     shrink: bool,
+    min_new_tokens: int,
 ) -> Iterator[Tensor]:
     """Continues prompts that have been read: yields all rows' next tokens, [B] int64 on the CPU, step by step.
 
     x: [B, n_embd], the prompts' last words out of the decoder. cache: with the prompts, and room. held: its lengths,
     on the CPU. luck: [n, B] float32, for n tokens at the most. step: take_step, or that compiled.
     shrink: forget rows that are over, once they are half of those computed (not in a cache that somebody keeps, nor
-    where steps are compiled, which is done for one number of rows).
+    where steps are compiled, which is done for one number of rows). min_new_tokens: of which none is </s>.
     A row that is over says </s>. Ends when all are, or after n tokens.
     """
     B = x.shape[0]
-    token = sampling.choose(llama.lm_head(x), luck[0])
-    state = State(token, torch.zeros_like(token, dtype=torch.bool), luck[0].clone())
-    settle(llama, cache, state, token, stop)
-    decoder = Decoder(llama, cache, state, luck, sampling, stop, step)
+    ended = torch.zeros(B, dtype=torch.bool, device=x.device)
+    on_end = torch.full((B,), -torch.inf if min_new_tokens else 0.0, device=x.device)
+    state = State(ended.long(), ended, luck[0].clone(), on_end)
+    settle(llama, cache, state, choose(llama, x, state, sampling), stop)
+    decoder = Decoder(llama, cache, state, luck, sampling, stop, step, min_new_tokens)
     rows = list(range(B))  # those that are computed
 
     def tokens() -> Iterator[tuple[list[int], Arriving]]:

@@ -220,6 +220,7 @@ class Owl(nn.Module):
         seed: int | None = None,
         stop: bool = True,
         cache: Cache | None = None,
+        min_new_tokens: int = 0,
     ) -> Iterator[Tensor]:
         """Continues a batch of prompts, yielding the next ids of all rows, [B] on the CPU, one step at a time.
 
@@ -230,7 +231,7 @@ class Owl(nn.Module):
         would alone, whatever its neighbours; so two rows with the same prompt get the same answer.
         A row ends with </s>, which is yielded, and yielded again while other rows go on; the iterator ends
         when all rows have, or after max_new_tokens. stop=False does not stop at </s>. Rows also end where
-        the context does.
+        the context does. None of the first min_new_tokens is </s>.
         cache: of make_cache. What it holds comes before ids, and is not computed again. Afterwards it holds the
         prompt as well, and the tokens yielded but for </s> and perhaps the last: cache.lengths of each row in all.
         (With max_new_tokens 0 nothing is read.)
@@ -249,10 +250,12 @@ class Owl(nn.Module):
             raise ValueError(f"a prompt of {int(held.max())} tokens does not fit the context of {context}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise ValueError(f"min_new_tokens must be from 0 to max_new_tokens, {max_new_tokens}, not {min_new_tokens}")
         sampling = Sampling(temperature, top_k, top_p)
         sampling.check()
         n = min(max_new_tokens, context + 1 - int(held.min()))  # the last token need not fit
-        steps = self._generate(ids, images, lengths, held, n, sampling, seed, stop, cache)
+        steps = self._generate(ids, images, lengths, held, n, sampling, seed, stop, cache, min_new_tokens)
         return (tokens.clone() for tokens in steps)  # tensors made in inference mode cannot be used in training
 
     @torch.inference_mode()
@@ -267,6 +270,7 @@ class Owl(nn.Module):
         seed: int | None,
         stop: bool,
         cache: Cache | None,
+        min_new_tokens: int,
     ) -> Iterator[Tensor]:
         """What generate promises, once its arguments are found good. held: [B], lengths with what the cache holds."""
         if n == 0:
@@ -288,7 +292,8 @@ class Owl(nn.Module):
         else:  # one number for all rows: then a row draws what it would draw alone
             generator = torch.Generator().manual_seed(seed)
             luck = torch.rand(n, 1, generator=generator).expand(n, B)
-        yield from decode(self.llama, x, cache, held, luck.to(x.device), sampling, stop, self.step, shrink)
+        luck = luck.to(x.device)
+        yield from decode(self.llama, x, cache, held, luck, sampling, stop, self.step, shrink, min_new_tokens)
 
 
 def summed_loss(lm_head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     python sample.py --image a.jpg --image b.jpg --prompt "Is <image> older than <image>?"
     python sample.py --weights mplug-owl2-llama2-7b --image x.jpg --prompt "Describe it." > answer.txt
     python sample.py --weights mplug-owl2-llama2-7b --adapter runs/my-lora --prompt "Who are you?"
+    python sample.py --image x.jpg --prompt "What is this?" --show-attention looks.png     draws where it looked
 
 The answer alone goes to standard output, piece by piece as it is made; all else goes to standard error.
 What cannot be done is said in one sentence, with exit code 2.
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, NoReturn
 # arguments are answered at once, not after the seconds that importing torch takes.
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from data.text import Tokenizer
@@ -88,6 +90,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=("stretch", "square", "pad", "crop"),
         help="how an image becomes a square; by default as in the released chats: stretch for Owl1, square for Owl2 "
         "(Owl2's training scripts and image quality models pad)",
+    )
+    question.add_argument(
+        "--show-attention",
+        type=Path,
+        metavar="FILE",
+        help="draw where in the images the model looked (attention.py says how) into a .png or .jpg; with --prompt",
     )
 
     model = parser.add_argument_group("model")
@@ -152,6 +160,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
+    if args.show_attention is not None:
+        if args.prompt is None or not args.image:
+            parser.error("--show-attention needs --prompt and --image: it draws one answer's look at its images")
+        if why := why_no_picture(args.show_attention, args.image):
+            parser.error(f"--show-attention {args.show_attention}: {why}")
     if args.device != "auto" and args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
         parser.error(f"--device is auto, cpu, cuda, cuda:NUMBER or mps, not {args.device!r}")
     if not 0 <= args.temperature < math.inf:
@@ -165,6 +178,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be 1 or more, not {args.max_new_tokens}")
     return args
+
+
+def why_no_picture(path: Path, images: list[str]) -> str | None:
+    """Why a picture cannot be written there, and None where it can."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        return "a picture's name ends in .png or .jpg"
+    if not os.path.isdir(path.parent):  # not path.parent.is_dir(), which raises for an overlong name
+        return f"there is no folder {path.parent}"
+    if os.path.isdir(path):
+        return "this is a folder"
+    if os.path.exists(path) and any(os.path.exists(image) and os.path.samefile(path, image) for image in images):
+        return "this is an --image, which would be overwritten"
+    return None
 
 
 # --- the model ---------------------------------------------------------------------------------------
@@ -336,8 +362,8 @@ def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, ids: list[int]) -> Ite
         yield text[n_shown:]
 
 
-def answer(model: Owl, conversation: Conversation, ids: list[int], args: argparse.Namespace) -> None:
-    """Prints the answer as it is made, and puts it in the conversation, also if Ctrl-C cuts it short.
+def answer(model: Owl, conversation: Conversation, ids: list[int], args: argparse.Namespace) -> list[int]:
+    """Prints the answer as it is made, and puts it in the conversation, also if Ctrl-C cuts it short. Returns its ids.
 
     What the model has read of the conversation before is not read again: only what is new goes through it.
     """
@@ -375,6 +401,25 @@ def answer(model: Owl, conversation: Conversation, ids: list[int], args: argpars
         conversation.answered(text)
         conversation.read = (ids + said)[: int(conversation.cache.lengths)]
         print(flush=True)
+    return said
+
+
+def show_attention(
+    model: Owl, conversation: Conversation, ids: list[int], said: list[int], photos: list[Image], path: Path
+) -> None:
+    """Draws where the answer `said` to the prompt `ids` looked. photos: those of the conversation's images."""
+    import torch
+
+    import attention
+
+    looks, attends = attention.look(model, ids, said, torch.stack(conversation.images))
+    words = attention.by_word(attends, ids, said, conversation.tokenizer, model.config.image_words)
+    picture = attention.draw(photos, conversation.fit, model.config.image_size, looks, words)
+    try:
+        picture.save(path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+    notice(f"wrote {path}")
 
 
 # --- the chat ----------------------------------------------------------------------------------------
@@ -449,8 +494,8 @@ def obey(conversation: Conversation, line: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     import quantize
-    from data.image import DEFAULT_FIT
-    from data.text import Tokenizer
+    from data.image import DEFAULT_FIT, load_image
+    from data.text import IMAGE_MARK, Tokenizer
     from weights import read_config, read_quantization
 
     folder = args.weights or TINY
@@ -468,6 +513,9 @@ def main(argv: list[str] | None = None) -> None:
             conversation.show(path)
         if args.prompt is not None:
             ids = conversation.ask(args.prompt)
+        if args.show_attention is not None:
+            n_mark = len(IMAGE_MARK.findall(args.prompt))  # images without a mark come first
+            photos = [load_image(path) for path in args.image[n_mark:] + args.image[:n_mark]]
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device, config, bool(args.quantize or read_quantization(folder)))
         model = load(args, folder, device, dtype)
@@ -490,7 +538,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt is None:
         chat(model, conversation, args)
     else:
-        answer(model, conversation, ids, args)
+        said = answer(model, conversation, ids, args)
+        if args.show_attention is not None:
+            show_attention(model, conversation, ids, said, photos, args.show_attention)
 
 
 if __name__ == "__main__":

@@ -457,7 +457,7 @@ def tiny_llama(**changes) -> LlamaConfig:
 
 
 def blank_state(B: int) -> State:
-    return State(torch.ones(B, dtype=torch.int64), torch.zeros(B, dtype=torch.bool), torch.zeros(B))
+    return State(torch.ones(B, dtype=torch.int64), torch.zeros(B, dtype=torch.bool), torch.zeros(B), torch.zeros(B))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -557,7 +557,8 @@ def like_cuda(monkeypatch):
 def some_generations(model: Owl) -> list[Tensor]:
     """Greedy and drawn, to </s> or not, ragged, shrinking, over the border of a bucket, to the context's end."""
     results = []
-    for seed, settings in enumerate(({}, DRAWN, {"stop": False}, DRAWN | {"stop": False}, DRAWN | {"top_k": None})):
+    kinds = ({}, DRAWN, {"stop": False}, DRAWN | {"stop": False}, DRAWN | {"top_k": None}, {"min_new_tokens": 6})
+    for seed, settings in enumerate(kinds):
         rows = [words(2 + (seed + i) % 5, 10 * seed + i) for i in range(6)]
         ids, lengths = pad_rows(rows)
         results.append(collect(model.generate(ids, lengths=lengths, max_new_tokens=25, **settings)))

@@ -1,18 +1,33 @@
-"""evaluate.py: what counts as right, what the model is shown, and what is refused."""
+"""evaluate.py, answer.py, record.py and report.py: what counts as right, what is shown, what is kept and refused."""
 
+import base64
 import json
+import multiprocessing
+import random
+import re
+import signal
 import sys
+import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import answer
 import evaluate
+import record
+from answer import choose, deal, fitted, prompt_of
 from conftest import GOLDEN, make_config, make_owl
 from data.image import load_image, to_pixels
 from data.text import OWL1_SYSTEM, Tokenizer, render_conversation
 from evaluate import ask, normal
+from model import Owl
+from parallel import Place
+from report import count_ratings, page, pick, rating_page
+from runs import HEAVY, in_processes
+from tasks import Question
 from weights import load_model, save_model
 
 SIZE = 28
@@ -78,11 +93,11 @@ def eye(monkeypatch):
     """Stands for the model: names the brightest channel of the last picture, or says what it was told to say."""
     seen = []
 
-    def answer(model, tokenizer, questions, images, max_new_tokens):
-        assert len(images) == sum(question.count("<image>") for question in questions)
+    def answer_for(model, tokenizer, questions, images, max_new_tokens, min_new_tokens=0):
+        assert len(images) == sum(question.count("<image>") for (question,) in questions)
         images = list(images)
         answers = []
-        for question in questions:
+        for (question,) in questions:
             pictures = [images.pop(0) for _ in range(question.count("<image>"))]
             seen.extend(pictures)
             if not pictures:
@@ -93,7 +108,8 @@ def eye(monkeypatch):
                 answers.append(list(COLOURS)[int(pictures[-1].mean(dim=(1, 2)).argmax())])
         return answers
 
-    monkeypatch.setattr(evaluate, "ask", answer)
+    monkeypatch.setattr(answer, "ask", answer_for)
+    monkeypatch.setattr(Owl, "encode_images", lambda self, images: images)
     return seen
 
 
@@ -277,3 +293,563 @@ def test_the_loss_is_that_of_the_logits(folder, weights, monkeypatch, capsys):
     logits, _ = model(torch.tensor([ids]))
     by_hand = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(labels[1:]), ignore_index=-100)
     assert float(capsys.readouterr().out) == pytest.approx(by_hand.item(), abs=1e-5)
+
+
+def test_a_files_kinds_are_counted_apart(run, eye, folder):
+    """kind, seen and unseen, and how often each of two answers was said; --out has them too."""
+    rows = [
+        row("red.png", "<image>Which?", "red") | {"kind": "color", "seen": True},
+        row("green.png", "<image>Which?", "red") | {"kind": "color", "seen": False},
+        row("blue.png", "<image>Which?", "blue") | {"kind": "word", "image_answer": "Blue", "text_answer": "red"},
+        row(None, "Say red", "blue") | {"kind": "word", "image_answer": "blue", "text_answer": "red."},
+    ]
+    table = run(rows, "--out", folder / "log.jsonl")
+    assert list(table) == ["other", "all", "color", "word", "seen", "unseen", "image_answer", "text_answer"]
+    assert table["all"] == (2, 4) and table["color"] == (1, 2) and table["word"] == (1, 2)
+    assert table["seen"] == (1, 1) and table["unseen"] == (0, 1)
+    assert table["image_answer"] == (1, 2) and table["text_answer"] == (1, 2)
+    line = json.loads((folder / "log.jsonl").read_text().splitlines()[2])
+    assert line["kind"] == "word" and line["image_answer"] == "Blue" and line["answer"] == "blue"
+
+
+@pytest.mark.parametrize("note", [{"kind": 3}, {"seen": "yes"}, {"image_answer": ["red"]}])
+def test_a_note_of_another_kind_is_refused(run, capsys, note):
+    assert f"row 1: {[*note][0]} should be" in refused(run, capsys, [GOOD, GOOD | note])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Conversations and prompts that outgrow the context
+
+
+@pytest.fixture(scope="module")
+def owl(weights):
+    """(model, tokenizer), of a context of 96."""
+    return load_model(weights("owl2")), Tokenizer(weights("owl2"))
+
+
+def test_what_is_dealt_is_all_and_keeps_images_and_conversations_together():
+    questions = [Question(str(i), "<image>?", [f"{i % 3}.png"]) for i in range(10)]
+    questions += [Question("a", "<image>?", ["9.png"]), Question("b", "and?", [], before=["a"])]
+    questions += [Question(f"t{i}", "why?", []) for i in range(4)]
+    for world in (1, 2, 5, 30):
+        known = {"4": "x", "a": "y", "t2": "z"}
+        parts = [deal(questions, known, Place(rank, world, None, None)) for rank in range(world)]
+        ids = [turn.id for part in parts for turns in part for turn in turns]
+        assert sorted(ids) == sorted({question.id for question in questions} - {"4", "t2"})  # b needs a
+        for image in ("0.png", "1.png", "2.png"):
+            holders = [[turns[0].images == [image] for turns in part] for part in parts]
+            (where,) = [flags for flags in holders if any(flags)]
+            assert flags_are_neighbours(where)
+        assert all([turn.id for turn in turns] == ["a", "b"] for part in parts for turns in part if len(turns) > 1)
+
+
+def flags_are_neighbours(flags: list[bool]) -> bool:
+    return "".join("x" if flag else " " for flag in flags).strip().count(" ") == 0
+
+
+@pytest.mark.parametrize("style", ("owl1", "owl2"))
+def test_a_conversation_is_asked_with_its_answers(weights, style):
+    """And when it outgrows the context its earliest turns go; their images stay, before the next question."""
+    model, tokenizer = load_model(weights(style)), Tokenizer(weights(style))
+    model.config.llama.context = 160
+    turns = [Question("1", "<image>What is it?", ["a.png"]), Question("2", "And why?", [], before=["1"])]
+    turns += [Question("3", "<image>This too?", ["b.png"], before=["1", "2"])]
+    known = {"1": "A <image> cat.", "2": "No."}
+    kept, messages = fitted(turns, known, model, tokenizer, 8)
+    assert [turn.id for turn in kept] == ["1", "2", "3"]
+    assert messages == ["<image>What is it?", "A   cat.", "And why?", "No.", "<image>This too?"]
+    long = known | {"2": "word " * 30}
+    kept, messages = fitted(turns, known | {"1": "word " * 30}, model, tokenizer, 40 if style == "owl1" else 75)
+    assert messages == ["<image>And why?", "No.", "<image>This too?"] and [turn.id for turn in kept] == ["2", "3"]
+    kept, messages = fitted(turns, long, model, tokenizer, 90)
+    assert messages == ["<image><image>This too?"] and [turn.id for turn in kept] == ["3"]
+    assert len(prompt_of(messages, model, tokenizer)) <= 160
+    with pytest.raises(ValueError, match="question '9' takes .* tokens, more than the model's context of 160"):
+        fitted([Question("9", "word " * 200, [])], {}, model, tokenizer, 8)
+
+
+def test_worked_examples_leave_a_prompt_that_is_too_long(owl):
+    shots = [f"Is {n} a number? yes\n\n" for n in range(9)]
+    question = Question("q", "Answer.\n" + "".join(shots) + "Is cat a number?", [], "no", "", ["yes", "no"], shots)
+    (fit,), (prompt,) = fitted([question], {}, *owl, 0)
+    assert 0 < len(fit.shots) < 9 and prompt == fit.prompt == "Answer.\n" + "".join(fit.shots) + "Is cat a number?"
+    assert len(prompt_of(prompt, *owl)) <= 96 < len(prompt_of(prompt, *owl)) + 25
+
+
+# ----------------------------------------------------------------------------------------------------
+# The likeliest choice
+
+
+@pytest.mark.parametrize("style", ("owl1", "owl2"))
+def test_the_likeliest_choice_is_that_of_a_plain_loop(weights, style):
+    """Letters, choices of several tokens that begin alike, images or none; alone and together."""
+    model, tokenizer = load_model(weights(style)), Tokenizer(weights(style))
+    lists = [["A", "B", "C", "D"], ["the cat sat", "the cat ran", "the dog", "some dog"], ["yes", "no"], ["I see", "B"]]
+    generator = torch.Generator().manual_seed(0)
+    questions, images, choices, expected = [], [], [], []
+    for i in range(12):
+        shown = [torch.randn(3, SIZE, SIZE, generator=generator) for _ in range(i % 3)]
+        questions.append("<image>" * len(shown) + f"Question {i}, what is it?")
+        images.append(shown)
+        choices.append(lists[i % 4])
+        sums = []
+        for choice in choices[-1]:
+            prompt, piece = prompt_of(questions[-1], model, tokenizer), tokenizer.encode(choice)
+            with torch.no_grad():
+                logits, _ = model(torch.tensor([prompt + piece]), torch.stack(shown) if shown else None)
+            log_p = logits[0].log_softmax(dim=-1)
+            sums.append(sum(log_p[len(prompt) - 1 + k, token].item() for k, token in enumerate(piece)))
+        expected.append(choices[-1][sums.index(max(sums))])
+    together = choose(model, tokenizer, questions, [image for shown in images for image in shown], choices)
+    alone = [choose(model, tokenizer, [q], shown, [c])[0] for q, shown, c in zip(questions, images, choices)]
+    assert together == alone == expected
+    assert len(set(expected)) > 3
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory):
+    """A folder of easy-VQA: 10 noisy images, of each one to four questions, in no order."""
+    folder = tmp_path_factory.mktemp("easy")
+    (folder / "test" / "images").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(10):
+        noise = torch.randint(0, 256, (20, 30, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / "test" / "images" / f"{i}.png")
+    for i in range(25):
+        rows.append([f"Is number {i} {'very ' * (i % 4)}red?", ("yes", "red", "no")[i % 3], (i * 7) % 10])
+    (folder / "test" / "questions.json").write_text(json.dumps(rows))
+    return folder
+
+
+def command(weights: Path, folder: Path, out: Path | None, *flags: object, task: str = "easy-vqa") -> list[str]:
+    words = ["evaluate.py", "--task", task, "--folder", folder, "--weights", weights, "--device", "cpu", *flags]
+    return [str(word) for word in words + (["--out", out] if out else [])]
+
+
+@pytest.fixture
+def task(weights, monkeypatch, capsys):
+    """task(folder, out, *flags, task=) -> what is printed."""
+
+    def call(folder: Path, out: Path | None, *flags: object, task: str = "easy-vqa") -> str:
+        monkeypatch.setattr(sys, "argv", command(weights("owl2"), folder, out, *flags, task=task))
+        evaluate.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def lines(out: Path) -> list[bytes]:
+    """All answers of a run, sorted."""
+    return sorted(line for path in out.glob("answers-*.jsonl") for line in path.read_bytes().splitlines())
+
+
+def in_a_process(words: list[str]) -> None:
+    torch.set_num_threads(1)
+    sys.argv = words
+    evaluate.main()
+
+
+def test_the_answers_of_any_batch_and_any_number_of_processes(task, easy, weights, tmp_path):
+    """Byte for byte, sorted; and the same numbers and page. Then a run of two is ended by one."""
+    for batch in (1, 3, 64):
+        task(easy, tmp_path / str(batch), "--batch", batch)
+    expected = lines(tmp_path / "1")
+    assert len(expected) == 25 and len({json.loads(line)["answer"] for line in expected}) > 5
+    assert lines(tmp_path / "3") == lines(tmp_path / "64") == expected
+    in_processes(2, tmp_path, in_a_process, command(weights("owl2"), easy, tmp_path / "two", "--batch", 4))
+    assert lines(tmp_path / "two") == expected
+    assert all((tmp_path / "two" / f"answers-{rank}.jsonl").stat().st_size for rank in (0, 1))
+    numbers = [json.loads((tmp_path / name / "results.json").read_text())["numbers"] for name in ("1", "64", "two")]
+    assert numbers[0] == numbers[1] == numbers[2] and set(numbers[0]) == {
+        "accuracy", "accuracy, other", "accuracy, yes or no",
+    }  # fmt: skip
+
+    half = (tmp_path / "two" / "answers-1.jsonl").read_bytes()
+    (tmp_path / "two" / "answers-1.jsonl").write_bytes(half[: len(half) // 2])
+    (tmp_path / "two" / "results.json").unlink()
+    task(easy, tmp_path / "two")
+    content = (tmp_path / "two" / "answers-1.jsonl").read_bytes()
+    whole = [line for line in lines(tmp_path / "two") if line in expected]
+    assert content == half[: len(half) // 2] and whole == expected  # the half line stays where nobody writes
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["numbers"] == numbers[0]
+    starts = json.loads((tmp_path / "two" / "run.json").read_text())["starts"]
+    assert [start["processes"] for start in starts] == [2, 1]
+
+
+class Slow:
+    """A file that takes its time: a line comes in two parts."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        for part in (text[:30], text[30:]):
+            self.file.write(part)
+            self.file.flush()
+            time.sleep(0.01)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def slowly(words: list[str]) -> None:
+    evaluate.open_answers = lambda path: Slow(record.open_answers(path))
+    in_a_process(words)
+
+
+def test_a_killed_run_goes_on(task, easy, weights, tmp_path):
+    """SIGKILL at moments of chance, inside a line or between two; in the end the answers of a run left alone."""
+    out, sizes, chance = tmp_path / "run", [0], random.Random(7)
+    path = out / "answers-0.jsonl"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    for _ in range(5):
+        process = context.Process(target=slowly, args=(command(weights("owl2"), easy, out, "--batch", 2),))
+        process.start()
+        enough = sizes[-1] + chance.randrange(1, 500)
+        while process.is_alive() and not (path.is_file() and path.stat().st_size >= enough):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        sizes.append(path.stat().st_size)
+    assert len(set(sizes)) > 3 and sizes[-1] > sizes[1] > 0 and not (out / "results.json").exists()
+    task(easy, out, "--batch", 5)
+    task(easy, tmp_path / "alone")
+    assert lines(out) == lines(tmp_path / "alone") and len(lines(out)) == 25
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_cleanly(task, easy, tmp_path, monkeypatch, capsys, number):
+    real, asked = answer.ask, []
+
+    def interrupted(*arguments):
+        asked.append(1)
+        if len(asked) == 3:
+            signal.raise_signal(number)
+        return real(*arguments)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(answer, "ask", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        task(easy, tmp_path / "run", "--batch", 4)
+    for n, handler in before.items():
+        signal.signal(n, handler)
+    assert stopped.value.code == 128 + number
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert len(lines(tmp_path / "run")) == 8
+    monkeypatch.setattr(answer, "ask", real)
+    task(easy, tmp_path / "run")
+    task(easy, tmp_path / "alone")
+    assert lines(tmp_path / "run") == lines(tmp_path / "alone")
+
+
+def test_each_image_is_read_and_encoded_once(task, easy, tmp_path, monkeypatch):
+    """Whatever the batch; a run that is over reads nothing."""
+    read, encoded = [], []
+    real_read, real_encode = evaluate.load_image, Owl.encode_images
+    monkeypatch.setattr(evaluate, "load_image", lambda source: read.append(source) or real_read(source))
+    monkeypatch.setattr(Owl, "encode_images", lambda self, x: encoded.append(len(x)) or real_encode(self, x))
+    for batch in (1, 2, 7, 64):
+        read.clear(), encoded.clear()
+        task(easy, tmp_path / str(batch), "--batch", batch)
+        assert len(read) == len(set(read)) == sum(encoded) == 10
+    read.clear(), encoded.clear()
+    task(easy, tmp_path / "7")
+    assert read == encoded == []
+
+
+def test_a_line_says_what_was_asked_and_what_it_scored(task, easy, tmp_path, monkeypatch):
+    monkeypatch.setattr(answer, "ask", lambda model, tokenizer, questions, *_: ["Yes."] * len(questions))
+    said = task(easy, tmp_path / "run")
+    rows = [json.loads(line) for line in lines(tmp_path / "run")]
+    assert {row["id"] for row in rows} == {str(i) for i in range(25)}
+    row = next(row for row in rows if row["id"] == "0")
+    assert row == {
+        "id": "0", "prompt": "<image>Is number 0 red?", "answer": "Yes.", "score": 1.0,
+        "group": "yes or no", "truth": "yes",
+    }  # fmt: skip
+    assert re.search(r"^accuracy +36\.00$", said, re.M)  # 9 of 25
+    assert said == task(easy, None) + said[said.index("\nto look at") :]  # without --out the same is printed
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["config"]["style"] == "owl2" and run["settings"]["max_new_tokens"] == 10
+    assert list(run["settings"]["weight_files"].values())[0]["bytes"] > 1000
+    assert run["starts"][0]["versions"]["torch"] == torch.__version__
+
+
+def test_a_task_of_choices_and_one_of_captions(task, tmp_path, capsys):
+    """Letters by likelihood; captions of 8 tokens at the least."""
+    place = tmp_path / "arc"
+    (place / "ARC-Easy").mkdir(parents=True)
+    choices = [{"text": text, "label": label} for text, label in (("one", "1"), ("two", "2"), ("three", "3"))]
+    rows = [{"id": f"q{i}", "question": {"stem": f"What {i}?", "choices": choices}, "answerKey": "2"} for i in range(6)]
+    (place / "ARC-Easy" / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for batch in (1, 4):
+        task(place, tmp_path / f"arc-{batch}", "--batch", batch, task="arc-e")
+    answers = [json.loads(line)["answer"] for line in lines(tmp_path / "arc-1")]
+    assert lines(tmp_path / "arc-1") == lines(tmp_path / "arc-4") and set(answers) <= set("ABC")
+    assert "not for arc-e" in refused(task, capsys, place, None, "--max-new-tokens", 3, task="arc-e")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Folders that are refused
+
+
+@pytest.fixture
+def finished(task, easy, tmp_path):
+    task(easy, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("flags", [("--images", "blank"), ("--max-new-tokens", 3), ("--fit", "crop"), ("--seed", 3)])
+def test_another_setting_is_refused(task, easy, finished, capsys, flags):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    sentence = refused(task, capsys, easy, finished, *flags)
+    assert f"holds a run with other settings ({flags[0][2:].replace('-', '_')})" in sentence
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+SPOILT = {
+    "no record": (lambda run: (run / "run.json").unlink(), "no run.json"),
+    "a broken record": (lambda run: (run / "run.json").write_text("{"), "not valid JSON"),
+    "an empty record": (lambda run: (run / "run.json").write_text("{}"), "not of a run"),
+    "a broken line": (lambda run: (run / "answers-0.jsonl").write_text('{"id": "0"\n'), "line 1 is not an answer"),
+    "no answer": (lambda run: (run / "answers-0.jsonl").write_text('{"id": "0"}\n'), "line 1 is not an answer"),
+    "another's": (lambda run: (run / "answers-3.jsonl").write_text('{"id": "x", "answer": ""}\n'), "line 1 is not"),
+    "a list": (lambda run: (run / "answers-0.jsonl").write_text("[3]\n"), "line 1 is not an answer"),
+    "an id that is a list": (
+        lambda run: (run / "answers-0.jsonl").write_text('{"id": [], "answer": ""}\n'),
+        "line 1 is not an answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_folder_is_one_sentence(task, easy, finished, capsys, case):
+    spoil, words = SPOILT[case]
+    spoil(finished)
+    assert words in refused(task, capsys, easy, finished)
+
+
+def test_a_file_in_the_folders_place_is_one_sentence(task, easy, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "should be a folder" in refused(task, capsys, easy, tmp_path / "file")
+
+
+def test_a_broken_image_is_one_sentence_and_the_rest_stays(task, easy, tmp_path, capsys):
+    """Once it is mended, the run goes on."""
+    path = easy / "test" / "images" / "4.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])
+    try:
+        assert "4.png" in refused(task, capsys, easy, tmp_path / "run", "--batch", 2)
+    finally:
+        path.write_bytes(whole)
+    n = len(lines(tmp_path / "run"))
+    task(easy, tmp_path / "run")
+    assert 0 <= n < 25 == len(lines(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--task", "easy-vqa"), "--folder"),
+        (("--task", "easy-vqa", "--folder", "nowhere"), "https://pypi.org/project/easy-vqa"),
+        (("--task", "coco", "--folder", "nowhere", "--max-new-tokens", "4"), "not for coco"),
+        (("--task", "coco", "--folder", "nowhere", "--loss"), "--loss"),
+        (("--data", "x.json", "--folder", "nowhere"), "--folder is for --task"),
+        (("--ratings", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_flags_that_do_not_go_together(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *flags])
+    assert words in refused(evaluate.main, capsys)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pages
+
+EVIL = '<script>alert(1)</script><img src=x onerror="a">&</p>'
+
+
+class Elements(HTMLParser):
+    """What a browser makes of a page: its elements, their attributes, and its text but for scripts and styles."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.inside = [], [], "", ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        self.text += data if self.inside not in ("script", "style") else ""
+
+
+def test_what_a_page_quotes_is_escaped(folder):
+    """Words, groups, names, settings: all that they say is text."""
+    question = Question("7" + EVIL, "<image>" + EVIL, ["red.png"], [EVIL, EVIL, "red"], group=EVIL)
+    other = Question("8", "<image>" + EVIL, ["red.png"], EVIL)
+    words = page(EVIL, {EVIL: 50.0}, [(question, EVIL, 0.3), (other, "fine", 1.0)], {EVIL: EVIL}, folder, 0)
+    rate = rating_page([(question, EVIL, None)], {"7" + EVIL: EVIL}, EVIL, folder, 0)
+    for html, n_evil, n_script in ((words, 8, 0), (rate, 3, 2)):
+        elements = Elements(html)
+        assert elements.text.count(EVIL) >= n_evil
+        assert elements.tags.count("script") == n_script and elements.tags.count("img") == (2 if n_script == 0 else 1)
+        known = {"alt", "charset", "class", "content", "http-equiv", "id", "lang", "name", "src", "type", "value"}
+        assert {name for name, _ in elements.attributes} <= known
+        assert all(value.startswith("data:image/jpeg;base64,") for name, value in elements.attributes if name == "src")
+        assert "default-src 'none'" in html and ("name", "viewport") in elements.attributes
+    assert "Right: 1 of 1" in words and "Wrong: 1 of 1" in words and "score 0.30" in words and "(x 2)" in words
+    key = json.loads(re.search(r'id="key">(.*?)</script>', rate, re.S)[1])
+    assert key["weights"] == EVIL and key["ratings"][0]["id"] == "7" + EVIL
+
+
+def test_thumbnails_are_small_bounded_and_of_every_group(folder):
+    Image.new("RGB", (900, 300), (9, 200, 9)).save(folder / "wide.png")
+    content = (folder / "wide.png").read_bytes()
+    results = [(Question(str(i), "<image>?", [content], "a", "big"), "a", 1.0) for i in range(60)]
+    results += [(Question(f"s{i}", "<image>?", ["wide.png"], "a", "small"), "a", 1.0) for i in range(3)]
+    chosen = pick(results, 24, seed=1)
+    assert len(chosen) == 24 and sum(question.group == "small" for question, _, _ in chosen) == 3
+    assert chosen == pick(results, 24, seed=1) != pick(results, 24, seed=2)
+    html = page("t", {"n": 1.0}, results, {}, folder, 1)
+    thumbnails = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", html)
+    assert len(thumbnails) == 24
+    assert {load_image(base64.b64decode(text)).size for text in thumbnails} == {(240, 80)}
+
+
+@pytest.fixture(scope="module")
+def owleval(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("owleval")
+    (folder / "images").mkdir()
+    rows, published = [], []
+    kinds = [["single_turn"], ["single_turn", "multi_turn"], ["multi_turn"], ["multi_turn"], ["single_turn"]]
+    for i, (image, category) in enumerate(zip("12223", kinds), start=1):
+        Image.new("RGB", (40, 30), (40 * i, 90, 200 - 30 * i)).save(folder / "images" / f"{image}.jpg")
+        rows.append({"image": f"{image}.jpg", "question_id": i, "question": f"Ask {i}?"})
+        rows[-1] |= {"ability": "a,f" if "multi_turn" in category else "a", "category": category}
+        published.append({"question_id": i, "answer": f"published {i}"})
+    for name, content in (("questions", rows), ("answers_mplug_owl_7b", published)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+def test_owlevals_conversations_are_held_with_our_own_answers(task, owleval, tmp_path, monkeypatch):
+    """In any batch; the image encoded once; a conversation that was cut in two goes on where it was."""
+    seen, encoded = [], []
+    real_encode = Owl.encode_images
+
+    def echo(model, tokenizer, questions, images, *_):
+        assert len(images) == sum("".join(messages).count("<image>") for messages in questions)
+        seen.extend(map(tuple, questions))
+        return [f"I say {messages[-1][-2]}" for messages in questions]
+
+    monkeypatch.setattr(answer, "ask", echo)
+    monkeypatch.setattr(Owl, "encode_images", lambda self, x: encoded.append(len(x)) or real_encode(self, x))
+    for batch in (1, 2, 9):
+        seen.clear(), encoded.clear()
+        task(owleval, tmp_path / str(batch), "--batch", batch, "--max-new-tokens", 8, task="owleval")
+        assert sorted(seen) == [
+            ("<image>Ask 1?",),
+            ("<image>Ask 2?",),
+            ("<image>Ask 2?", "I say 2", "Ask 3?"),
+            ("<image>Ask 2?", "I say 2", "Ask 3?", "I say 3", "Ask 4?"),
+            ("<image>Ask 5?",),
+        ]
+        assert sum(encoded) == 3
+    path = tmp_path / "1" / "answers-0.jsonl"
+    whole = path.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row.get("before") for row in rows] == [None, None, ["2"], ["2", "3"], None]
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    seen.clear()
+    task(owleval, tmp_path / "1", "--max-new-tokens", 8, task="owleval")
+    assert [messages[-1] for messages in seen] == ["<image>Ask 5?", "Ask 4?"] and path.stat().st_size == len(whole)
+
+
+def test_the_rating_page_tells_nobody_whose_answer_it_is(task, owleval, tmp_path, monkeypatch):
+    monkeypatch.setattr(answer, "ask", lambda model, tokenizer, questions, *_: ["OURS"] * len(questions))
+    sides = set()
+    for seed in range(6):
+        out = tmp_path / str(seed)
+        task(owleval, out, "--max-new-tokens", 8, "--seed", seed, task="owleval")
+        html = (out / "rate.html").read_text()
+        cards = re.findall(r'<div class="card"><p>(.*?)</p>(.*?)</div>', html)
+        assert len(cards) == 10 and html.count('type="radio"') == 40
+        key = json.loads(re.search(r'id="key">(.*?)</script>', html, re.S)[1])
+        for i, row in enumerate(key["ratings"]):
+            pair = {"left": cards[2 * i], "right": cards[2 * i + 1]}
+            assert pair[row["ours"]][0] == "OURS"
+            assert {name for _, radios in pair.values() for name in re.findall('name="(.*?)"', radios)} == {
+                f"{i}left", f"{i}right",
+            }  # fmt: skip
+        order = [row["ours"] for row in key["ratings"]]
+        assert order[1] == order[2] == order[3]  # a conversation
+        sides.add(tuple(order))
+        visible = re.sub(r"<(script|style).*?</\1>", "", html, flags=re.S)
+        assert str(tmp_path) not in visible and "owl2" not in visible
+    assert len(sides) > 2
+
+
+RATINGS = [
+    {"id": "1", "ability": "a,b", "ours": "A", "published": "D"},
+    {"id": "2", "ability": "a", "ours": "B", "published": "A"},
+    {"id": "3", "ability": "b,f", "ours": "C", "published": None},
+]
+
+
+def test_ratings_are_counted(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "ratings.json"
+    path.write_text(json.dumps({"weights": "mine", "ratings": RATINGS}))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ratings", str(path)])
+    evaluate.main()
+    said = capsys.readouterr().out
+    table = {tuple(line[:38].split()): [int(n) for n in line[38:].split()] for line in said.splitlines()[4:]}
+    assert "ours: 'mine'" in said and "rated: 2 of 3 questions" in said
+    assert table == {
+        ("all", "ours"): [1, 1, 1, 0, 2, 0],
+        ("all", "published"): [1, 0, 0, 1, 1, 1],
+        ("instructions", "ours"): [1, 1, 0, 0, 2, 0],
+        ("instructions", "published"): [1, 0, 0, 1, 1, 0],
+        ("seeing", "ours"): [1, 0, 1, 0, 1, 0],
+        ("seeing", "published"): [0, 0, 0, 1, 0, 1],
+        ("several", "turns", "ours"): [0, 0, 1, 0, 0, 0],
+        ("several", "turns", "published"): [0, 0, 0, 0, 0, 1],
+    }
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"ours": "E"}, "ours should be one of A, B, C, D"),
+        ({"ours": 3}, "ours should be a text"),
+        ({"ability": None}, "ability should be a text"),
+    ],
+)
+def test_ratings_of_nobody_are_one_sentence(tmp_path, change, words):
+    path = tmp_path / "ratings.json"
+    path.write_text(json.dumps({"weights": "mine", "ratings": [RATINGS[0], RATINGS[1] | change]}))
+    with pytest.raises(ValueError, match=f"ratings 1: {words}"):
+        count_ratings(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="should be an object"):
+        count_ratings(path)
+
+
+def test_scores_are_there_for_others():
+    assert evaluate.vqa_accuracy("red", ["red"] * 10) == 1.0
+    assert evaluate.cider(["a"], [["b"]])[0] == 0.0

@@ -187,6 +187,43 @@ def test_max_new_tokens(owls, count):
     assert len(list(model.generate(ids, max_new_tokens=count, stop=False))) == count
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("count", [0, 1, 3, 8])
+def test_the_first_tokens_end_nothing(owls, random_row, random_images, padded, style, count):
+    """min_new_tokens, in batches that shrink, against a loop that takes the likeliest but </s>."""
+    model = owls(style)
+    generator = torch.Generator().manual_seed(11)
+    n_barred = 0
+    for _ in range(6):
+        rows = [random_row(model.config, length, n, generator) for length, n in ((4, 1), (9, 0), (2, 2), (6, 1))]
+        images = [random_images(model.config, n, generator) for n in (1, 0, 2, 1)]
+        ids, lengths = padded(rows)
+        together = torch.cat([picture for picture in images if picture is not None])
+        tokens = collect(model.generate(ids, together, lengths, max_new_tokens=12, min_new_tokens=count))
+        for row, picture, answer in zip(rows, images, tokens.tolist()):
+            slow = []
+            while len(slow) < 12 and EOS not in slow:
+                with torch.no_grad():
+                    logits, _ = model(torch.cat([row, torch.tensor(slow, dtype=torch.int64)])[None], picture)
+                likely = logits[0, -1].argsort(descending=True).tolist()
+                n_barred += len(slow) < count and likely[0] == EOS
+                slow.append(next(token for token in likely if token != EOS or len(slow) >= count))
+            assert answer == slow + [EOS] * (len(answer) - len(slow))
+    assert (n_barred > 0) == (count > 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 2.0, "top_p": 0.4}])
+def test_drawn_tokens_end_nothing_before_their_time(owls, settings):
+    tokens = collect(owls("owl2").generate(torch.tensor([[3, 4]] * 40), min_new_tokens=7, max_new_tokens=7, **settings))
+    assert tokens.shape == (40, 7) and EOS not in tokens
+
+
+@pytest.mark.parametrize("count", [-1, 6])
+def test_min_new_tokens_that_cannot_be(owls, count):
+    with pytest.raises(ValueError, match="min_new_tokens must be from 0 to max_new_tokens, 5"):
+        owls("owl2").generate(torch.tensor([[3]]), max_new_tokens=5, min_new_tokens=count)
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_no_pass_is_made_that_no_token_needs(owls, ragged):
     """n tokens: the prompt's pass and n - 1 more. And each is made only when its token is asked for."""
