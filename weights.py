@@ -328,7 +328,7 @@ def parse_config(content: dict, style: str) -> OwlConfig:
             n_mlp=_number(llama, "intermediate_size", 11008),
             norm_eps=_number(llama, "rms_norm_eps", 1e-6),
             rope_theta=_number(llama, "rope_theta", 10000.0),
-            adaptive=style == "owl2",
+            adaptive=style == "owl2" and content.get("modality_adaptive") is not False,  # our key: to do without
             bos_id=_number(llama, "bos_token_id", 1, least=0),
             eos_id=_number(llama, "eos_token_id", 2, least=0),
         ),
@@ -456,6 +456,8 @@ def official_config(model: Owl) -> dict:
         "use_cls_token": True,
         "add_v2t_pos_emb": False,
     }
+    if not config.llama.adaptive:
+        llama["modality_adaptive"] = False  # the released code has no such models, and does not know the key
     return llama | {
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
         "model_type": "mplug_owl2",

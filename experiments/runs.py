@@ -1,0 +1,280 @@
+"""What the experiments share: what is given, one baseline, and runs that are made once.
+
+The papers begin with a LLaMA and a CLIP. So do these runs, with a language model and a vision tower of their own, made
+once from the drawn world of data/shapes:
+
+    world      data/shapes/prepare.py
+      | train_stage0.py                  language   a language model that knows the world's text part
+      | train_stage1.py, 2,000 steps     vision     a vision tower; all else that this run learns is left behind
+      v
+    start      both, and an abstractor of random weights: the seed's
+      | train_stage1.py                  seed0/queries8          captions
+      | train_stage2.py                  seed0/queries8-both     questions about images, of the text part, or both
+      v
+    evaluate.py                          seed0/queries8-both-test.jsonl: test, text_test or conflict
+
+A seed decides the abstractor's first weights and the order of the samples, in both stages. A run's name says what it
+is, so experiments that want the same run share it. Each command is run once: beside what it makes lie NAME.log, what it
+printed, and NAME.run.json, the command. What was stopped or killed goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from evaluate import normal  # noqa: E402
+from launch import fail  # noqa: E402
+from model import PRESETS, Owl  # noqa: E402
+from weights import load_model, save_model, write_json  # noqa: E402
+
+COLOURS = ("#1f5fa8", "#d1602b", "#2f8f5b")
+
+# Found by trial: enough that a run learns, few enough that it takes minutes on one core.
+COMMON = ["--image-size", "64", "--batch", "32", "--micro", "32", "--vit-lr-decay", "1", "--crop-scale", "0"]
+STAGE1 = ["--warmup", "100", "--lr", "1.5e-3", "--min-lr", "1e-4"]
+STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
+N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 400, 600
+DATA = {"text": ["text.json:1"], "image": ["train.json:1"], "both": ["train.json:1", "text.json:1"]}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An Owl2 and its training; the defaults are the baseline. data: of stage 2, a key of DATA."""
+
+    n_query: int = 8
+    adaptive: bool = True  # the modality-adaptive module
+    data: str = "both"
+
+    @property
+    def stage1(self) -> str:
+        return f"queries{self.n_query}" + ("" if self.adaptive else "-plain")
+
+    @property
+    def stage2(self) -> str:
+        return f"{self.stage1}-{self.data}"
+
+
+# --- commands, each run once --------------------------------------------------------------------------
+
+
+class Lab:
+    """A folder of runs, and how they are made in it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.out, self.jobs, self.seeds = args.out, args.jobs, range(args.seeds)
+        self.n_image, self.scale = args.images, args.scale
+        self.children: set[subprocess.Popen] = set()
+        self.stopped = threading.Event()
+
+    def steps(self, n: int) -> list[str]:
+        return ["--steps", str(max(1, round(n * self.scale)))]
+
+    def once(self, name: str, script: str, *flags: str) -> None:
+        """Runs a script of this repository in the lab's folder, unless that was done. ValueError if it fails, or if
+        what is there was made otherwise."""
+        note, command = self.out / f"{name}.run.json", [script, *flags]
+        if note.exists():
+            before = json.loads(note.read_text())
+            if before["command"] != command:
+                raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
+            if before["done"]:
+                return
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"command": command, "done": False})
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        with open(self.out / f"{name}.log", "ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *flags],
+                cwd=self.out,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=log,
+            )
+            self.children.add(child)
+            if self.stopped.is_set():  # between the check of the caller and here
+                child.terminate()
+            code = child.wait()
+            self.children.discard(child)
+        if code != 0:
+            raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
+        write_json(note, {"command": command, "done": True})
+
+    def all(self, what: str, works: Iterable[Callable[[], None]]) -> None:
+        """Does the works, `jobs` at a time. On the first that fails, or when stopped, stops the others."""
+        works = list(works)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                futures = [pool.submit(work) for work in works]
+                for future in tqdm(as_completed(futures), desc=what, total=len(works), unit="run", disable=None):
+                    future.result()
+            except BaseException:
+                self.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(self.children):
+                    child.terminate()  # training makes a checkpoint, and leaves
+                raise
+
+    # --- the runs ------------------------------------------------------------------------------------
+
+    def train(self, stage: int, name: str, *flags: str) -> None:
+        self.once(name, f"train_stage{stage}.py", *COMMON, *flags, "--out", name, "--resume")
+        shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
+
+    def givens(self) -> None:
+        """The world, the language model and the vision tower."""
+        self.once("world", "data/shapes/prepare.py", "--out", "world", "--images", str(self.n_image))
+        tokenizer = ["--preset", "tiny-owl2", "--tokenizer", "world/tokenizer.model"]
+        val = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
+        self.train(0, "language", *tokenizer, *val, *self.steps(N_STEP_LANGUAGE))
+        val = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
+        self.train(1, "vision", "--weights", "language", *val, *STAGE1, *self.steps(N_STEP_VISION))
+
+    def stage1(self, variant: Variant, seed: int) -> None:
+        name = f"seed{seed}/{variant.stage1}"
+        start = self.out / f"{name}-start"
+        if not (self.out / f"{name}.run.json").exists():
+            save_model(start_model(self.out / "language", self.out / "vision", variant, seed), start)
+        data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
+        self.train(1, name, *data, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
+
+    def stage2(self, variant: Variant, seed: int) -> None:
+        mix = [f"world/{source}" for source in DATA[variant.data]]
+        data = ["--weights", f"seed{seed}/{variant.stage1}", "--mix", *mix]
+        self.train(2, f"seed{seed}/{variant.stage2}", *data, *STAGE2, *self.steps(N_STEP_2), "--seed", str(seed))
+
+    def test(self, variant: Variant, seed: int, test: str) -> None:
+        name = f"seed{seed}/{variant.stage2}"
+        flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
+        self.once(f"{name}-{test}", "evaluate.py", *flags)
+
+    def run(self, variants: list[Variant], tests: tuple[str, ...] = ("test", "text_test")) -> None:
+        """Everything that is not there yet, for all seeds. Raises ValueError, OSError."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.all("what is given", [self.givens])
+        first = {(variant.stage1, seed): variant for seed in self.seeds for variant in variants}
+        self.all("stage 1", [lambda v=v, s=s: self.stage1(v, s) for (_, s), v in first.items()])
+        each = [(variant, seed) for seed in self.seeds for variant in variants]
+        self.all("stage 2", [lambda v=v, s=s: self.stage2(v, s) for v, s in each])
+        self.all("testing", [lambda v=v, s=s, t=t: self.test(v, s, t) for v, s in each for t in tests])
+
+    def rows(self, variant: Variant, seed: int, test: str) -> list[dict]:
+        """The answers of a test, and what evaluate.py wrote beside each."""
+        path = self.out / f"seed{seed}/{variant.stage2}-{test}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def shares(self, variant: Variant, test: str, said: str = "truth", **only: object) -> list[float]:
+        """For each seed: of how many percent of a test's questions the answer is `said`. only: what rows must be."""
+        shares = []
+        for seed in self.seeds:
+            rows = [row for row in self.rows(variant, seed, test) if only.items() <= row.items()]
+            shares.append(100 * statistics.mean(normal(row["answer"]) == normal(row[said]) for row in rows))
+        return shares
+
+
+def start_model(language: Path, vision: Path, variant: Variant, seed: int) -> Owl:
+    """The given language model and vision tower, with an abstractor of random weights.
+
+    The image half of the modality-adaptive module is a copy of the text half, as stage 0 leaves it.
+    """
+    config = PRESETS["tiny-owl2"]()
+    words, sight = load_model(language), load_model(vision)
+    config.llama = words.config.llama
+    config.llama.adaptive = variant.adaptive
+    config.abstractor.n_query = variant.n_query
+    torch.manual_seed(seed)
+    model = Owl(config).init_weights()
+    model.vit.load_state_dict(sight.vit.state_dict())
+    state = words.llama.state_dict()
+    if not variant.adaptive:
+        state = {key.replace(".multiway.0.", "."): value for key, value in state.items() if ".multiway.1." not in key}
+    model.llama.load_state_dict(state)
+    model.tokenizer_folder = words.tokenizer_folder
+    return model
+
+
+# --- numbers ------------------------------------------------------------------------------------------
+
+
+def spread(numbers: list[float]) -> str:
+    """"61.2 ± 0.8": mean and standard deviation (of the seeds as a sample)."""
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    return f"{statistics.mean(numbers):.1f} ± {deviation:.1f}"
+
+
+def table(head: str, rows: dict[str, dict[str, list[float]]]) -> str:
+    """A table in Markdown: a row for each variant, a column for each measure, mean and deviation over the seeds."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {head} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {name} | {' | '.join(spread(row[column]) for column in columns)} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def draw(path: Path, title: str, rows: dict[str, dict[str, list[float]]], unit: str) -> None:
+    """The table as a picture: a group for each row, in it a bar for each measure, on it a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = list(next(iter(rows.values())))
+    figure, axes = pyplot.subplots(figsize=(1.6 + 1.3 * len(rows), 3.6), layout="constrained")
+    width = 0.8 / len(columns)
+    for i, column in enumerate(columns):
+        x = [k + (i - (len(columns) - 1) / 2) * width for k in range(len(rows))]
+        values = [row[column] for row in rows.values()]
+        axes.bar(x, [statistics.mean(v) for v in values], width * 0.92, color=COLOURS[i], label=column, alpha=0.55)
+        for at, numbers in zip(x, values):
+            axes.plot([at] * len(numbers), numbers, "o", color=COLOURS[i], markersize=3.5)
+    axes.set_xticks(range(len(rows)), list(rows))
+    axes.set_ylabel(unit)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+def experiment(doc: str, run: Callable[[Lab], None]) -> None:
+    """A script's main: run(lab), with what a person can get wrong said in one sentence, and exit code 2."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments", help="folder (default: %(default)s)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N - 1 (default: %(default)s)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores, %(default)s)")
+    p.add_argument("--images", type=int, default=8000, metavar="N", help="of the world (default: %(default)s)")
+    p.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps: 0.01 to try it (default: 1)")
+    args = p.parse_args()
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        if args.seeds < 1 or args.jobs < 1 or not 0 < args.scale < math.inf:
+            raise ValueError("--seeds and --jobs must be 1 or more, --scale above 0")
+        args.out = args.out.resolve()
+        run(Lab(args))
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt as interrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + interrupt.args[0])
