@@ -165,11 +165,9 @@ def ready_run(args: argparse.Namespace, place: Place) -> Run:
     with torch.device("meta"):
         model = Owl(config)
     if args.stage == 1:
-        train_stage1.choose_trained(model)
+        train_stage1.choose_trained(model, args.freeze_vit)
     else:
-        train_stage2.choose_trained(model, args.lora_rank, 2.0 * args.lora_rank, 0.05, False)
-    if args.freeze_vit:
-        model.vit.requires_grad_(False)
+        train_stage2.choose_trained(model, args.lora_rank, 2.0 * args.lora_rank, 0.05, False, args.freeze_vit)
     ready(model, place, args.recompute, args.compile)
     fsdp = choose_fsdp(args.parallel, model, place)
     if fsdp:

@@ -18,7 +18,7 @@ A folder holds these files, with the owners' names and folders. Where they are p
     vqav2-testdev     v2_OpenEnded_mscoco_test-dev2015_questions.json         (no answers)   test2015/
     okvqa             OpenEnded_mscoco_val2014_questions.json and annotations                val2014/
     textvqa           TextVQA_0.5.1_val.json                                                 train_images/
-    vizwiz, -test     Annotations/val.json; test.json                 (test: no answers)     val/; test/
+    vizwiz, -test     val.json; test.json, or in Annotations/         (test: no answers)     val/; test/
     gqa               testdev_balanced_questions.json                                        images/
     easy-vqa          test/questions.json                                                    test/images/
     coco, flickr30k   dataset_coco.json; dataset_flickr30k.json         (Karpathy's test)    val2014/; flickr30k-images/
@@ -26,19 +26,20 @@ A folder holds these files, with the owners' names and folders. Where they are p
     mmbench-test, ... mmbench_test_en_20231003.tsv, ..._cn_...                (no answers)   in the file
     seed              SEED-Bench.json, of which the questions on images                      SEED-Bench-image/
     scienceqa         problems.json, pid_splits.json: the test questions with an image       images/test/
-    qbench, -test     llvisionqa_dev.json; llvisionqa_test.json       (test: no answers)     images_llvisionqa/
-    mme               CATEGORY/*.txt or CATEGORY/questions_answers_YN/*.txt                  beside, or CATEGORY/images/
+    qbench, -test     llvisionqa_dev.json; llvisionqa_test.json       (test: no answers)     images/
+    mme               CATEGORY/*.txt or CATEGORY/questions_answers_YN/*.txt                  beside, or in CATEGORY/images/
     pope              coco_pope_random.json, ..._popular.json, ..._adversarial.json          val2014/
     mmlu              dev/*_dev.csv, test/*_test.csv                                         none
     arc-c, arc-e      ARC-Challenge/ARC-Challenge-Test.jsonl; ARC-Easy/ARC-Easy-Test.jsonl   none
     owleval           questions.jsonl                                                        cases/ (or images/)
 
 The prompts are those of Owl2's released evaluation scripts. Those have none for VizWiz, GQA and POPE, which get that of
-VQAv2, nor for SEED, Q-Bench and ScienceQA, which get that of MMBench. easy-VQA's questions are asked as they stand.
+VQAv2, nor for SEED, Q-Bench and ScienceQA, which get that of MMBench (Owl2's authors say so of the first two), without
+the line for a hint where a benchmark has no hints. easy-VQA's questions are asked as they stand.
 
-MMLU and ARC are asked in their owners' form, MMLU behind five worked examples and ARC behind none, as in Owl2's paper;
-the answer is whichever letter the model finds likeliest. OwlEval's conversations are held as such, with the model's own
-answers.
+MMLU is asked in its owners' form, behind five worked examples. ARC's owners have none for language models: it gets one
+like it, behind no examples. The answer is whichever letter the model finds likeliest. OwlEval's conversations are held
+as such, with the model's own answers.
 
 A split whose answers its owners keep to themselves is asked all the same: its answers are for their server, each score
 is None, and the summary is their number.
@@ -67,7 +68,7 @@ from metrics import cider, mme_scores, pope_scores, vqa_accuracy
 
 SHORT = "Answer the question using a single word or phrase."
 PICK = "Answer with the option’s letter from the given choices directly."  # the released script's apostrophe
-PICK_CN = "请直接回答选项字母。"  # what MMBench's owners write below a Chinese question
+PICK_CN = "请直接回答选项字母。"  # LLaVA's for Chinese; Owl2's script has none
 LETTERS = "ABCDE"
 ROTATION = 1_000_000  # MMBench: what a rotation adds to the index of its question
 MME = {
@@ -294,7 +295,8 @@ def read_textvqa(folder: Path) -> Iterator[Question]:
 
 
 def read_vizwiz(split: str, folder: Path) -> Iterator[Question]:
-    for row in read_list(folder / "Annotations" / f"{split}.json"):
+    annotations = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
+    for row in read_list(annotations / f"{split}.json"):
         image = row.get("image")
         truth, group = None, ""
         if "answers" in row:
@@ -422,7 +424,7 @@ def read_qbench(file: str, folder: Path) -> Iterator[Question]:
         truth = None
         if "correct_ans" in row:
             truth = LETTERS[texts.index(row.one_of("correct_ans", tuple(texts)))]
-        image = f"images_llvisionqa/{row.get('img_path')}"
+        image = f"images/{row.get('img_path')}"
         yield Question(str(i), f"<image>{row.get('question')}\n{choices}\n{PICK}", [image], truth)
 
 
@@ -435,7 +437,8 @@ def read_mme(folder: Path) -> Iterator[Question]:
         texts = images = folder / category
         if (texts / "questions_answers_YN").is_dir():
             texts, images = texts / "questions_answers_YN", texts / "images"
-        image_of = {path.stem: path for path in images.glob("*") if path.suffix != ".txt"}
+        # rglob: artwork's images lie in one more folder, toy_dataset, in some copies of the release
+        image_of = {path.stem: path for path in sorted(images.rglob("*")) if path.suffix != ".txt"}
         for path in some_files(texts, "*.txt"):
             if path.stem not in image_of:
                 raise FileNotFoundError(f"there is no image {images / path.stem}.jpg or .png")

@@ -58,9 +58,10 @@ OWL2 = Recipe(
 RECIPES = {"owl1": OWL1, "owl2": OWL2}
 
 
-def choose_trained(model: Owl) -> None:
+def choose_trained(model: Owl, freeze_vit: bool = False) -> None:
     """Trains the vision tower, the abstractor and, in Owl2, the image half of the modality-adaptive module."""
     model.requires_grad_(True)
+    model.vit.requires_grad_(not freeze_vit)
     for name, parameter in model.llama.named_parameters():
         parameter.requires_grad_(".multiway.1." in name)
 
@@ -70,6 +71,7 @@ def main() -> None:
     g = p.add_argument_group("starting from parts (with --preset)")
     g.add_argument("--clip", metavar="FOLDER", help="openai/clip-vit-large-patch14, as safetensors")
     g.add_argument("--llama", metavar="FOLDER", help="huggyllama/llama-7b for Owl1, meta-llama/Llama-2-7b-hf for Owl2")
+    p.add_argument("--freeze-vit", action="store_true", help="leave the vision tower as it is")
     args = p.parse_args()
     try:
         place = start_process(args.device, args.precision)
@@ -77,7 +79,7 @@ def main() -> None:
             raise ValueError("--clip, --llama and --preset go together, and without --weights")
         args.tokenizer = args.tokenizer or args.llama
         model, tokenizer, recipe = start_model(args, RECIPES)
-        choose_trained(model)
+        choose_trained(model, args.freeze_vit)
         if args.clip:
             tensors = start_from(model.config, args.clip, args.llama)
         else:

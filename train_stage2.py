@@ -78,9 +78,12 @@ LORA_TARGETS = {
 }
 
 
-def choose_trained(model: Owl, rank: int, alpha: float, dropout: float, train_abstractor: bool) -> None:
+def choose_trained(
+    model: Owl, rank: int, alpha: float, dropout: float, train_abstractor: bool, freeze_vit: bool = False
+) -> None:
     """Without a rank, everything; with one, adapters on the language model and, if asked for, the abstractor."""
     model.requires_grad_(rank == 0)
+    model.vit.requires_grad_(rank == 0 and not freeze_vit)
     if rank > 0:
         lora.wrap(model.llama, LORA_TARGETS[model.config.style], rank, alpha, dropout)
         model.abstractor.requires_grad_(train_abstractor)
@@ -93,6 +96,7 @@ def main() -> None:
     g.add_argument("--lora-alpha", type=float, default=32.0, help="alpha / rank weighs the correction (default 32)")
     g.add_argument("--lora-dropout", type=float, default=0.05)
     g.add_argument("--train-abstractor", action="store_true", help="beside the adapters, as Owl1's abstract has it")
+    p.add_argument("--freeze-vit", action="store_true", help="leave the vision tower as it is (LoRA does so anyway)")
     args = p.parse_args()
     try:
         place = start_process(args.device, args.precision)
@@ -100,7 +104,7 @@ def main() -> None:
         rank = LORA_RANK[model.config.style] if args.lora_rank is None else args.lora_rank
         if rank < 0 or not 0 <= args.lora_dropout < 1 or not 0 < args.lora_alpha < math.inf:
             raise ValueError("--lora-rank is 0 or more, --lora-alpha above 0, --lora-dropout from 0 to below 1")
-        choose_trained(model, rank, args.lora_alpha, args.lora_dropout, args.train_abstractor)
+        choose_trained(model, rank, args.lora_alpha, args.lora_dropout, args.train_abstractor, args.freeze_vit)
         run = prepare(args, recipe, place, model, tokenizer, initial_weights(args, model.config))
     except (ValueError, OSError) as error:
         fail(error)

@@ -12,7 +12,7 @@ Then interference: questions about an image that begin with a false statement ("
 circle?"). How often is the image believed, how often the statement?
 """
 
-from runs import DATA, Lab, Variant, draw, experiment, table
+from runs import DATA, Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:
@@ -22,14 +22,7 @@ def run(lab: Lab) -> None:
         for adaptive in (False, True)
     }
     lab.run(list(variants.values()), ("test", "text_test", "conflict"))
-    both = {
-        name: {
-            "images": lab.shares(variant, "test"),
-            "unseen pairs": lab.shares(variant, "test", seen=False),
-            "text": lab.shares(variant, "text_test"),
-        }
-        for name, variant in variants.items()
-    }
+    both = scores(lab, variants)
     wins = {
         name: {
             "image believed": lab.shares(variant, "conflict", "image_answer"),
@@ -38,9 +31,8 @@ def run(lab: Lab) -> None:
         for name, variant in variants.items()
         if variant.data != "text"
     }
-    text = f"{table('stage 2 on, module', both)}\n\n{table('stage 2 on, module', wins)}\n"
-    (lab.out / "adaptive.md").write_text(text, encoding="utf-8")
-    print(text)
+    head = "stage 2 on, module"
+    write(lab, "adaptive", table(head, both), table(head, by_kind(lab, variants)), table(head, wins))
     draw(lab.out / "adaptive.png", "modality-adaptive module: accuracy by data of stage 2", both, "% right")
     draw(lab.out / "interference.png", "image and statement contradict each other", wins, "% of questions")
 

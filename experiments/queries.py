@@ -7,28 +7,14 @@ about. The paper found 64 enough at 224 pixels: more helped little, fewer hurt, 
 of 64 x 64 pixels has 64 patches.
 """
 
-from runs import Lab, Variant, draw, experiment, table
-
-KINDS = ("color", "count", "relation", "word")
+from runs import Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:
     variants = {str(n): Variant(n_query=n) for n in (4, 8, 16, 32, 64)}
     lab.run(list(variants.values()))
-    rows = {
-        name: {
-            "images": lab.shares(variant, "test"),
-            "unseen pairs": lab.shares(variant, "test", seen=False),
-            "text": lab.shares(variant, "text_test"),
-        }
-        for name, variant in variants.items()
-    }
-    kinds = {
-        name: {kind: lab.shares(variant, "test", kind=kind) for kind in KINDS} for name, variant in variants.items()
-    }
-    text = f"{table('queries', rows)}\n\n{table('queries', kinds)}\n"
-    (lab.out / "queries.md").write_text(text, encoding="utf-8")
-    print(text)
+    rows = scores(lab, variants)
+    write(lab, "queries", table("queries", rows), table("queries", by_kind(lab, variants)))
     draw(lab.out / "queries.png", "accuracy by number of queries", rows, "% right")
 
 

@@ -4,7 +4,7 @@ The papers begin with a LLaMA and a CLIP. So do these runs, with a language mode
 once from the drawn world of data/shapes:
 
     world      data/shapes/prepare.py
-      | train_stage0.py                  language   a language model that knows the world's text part
+      | train_stage0.py                  language   a language model that knows the world's text part; no images
       | train_stage1.py, 2,000 steps     vision     a vision tower; all else that this run learns is left behind
       v
     start      both, and an abstractor of random weights: the seed's
@@ -43,31 +43,163 @@ from launch import fail  # noqa: E402
 from model import PRESETS, Owl  # noqa: E402
 from weights import load_model, save_model, write_json  # noqa: E402
 
+KINDS = ("color", "shape", "count", "relation", "size", "compare", "there", "word")  # of data/shapes' questions
 COLOURS = ("#1f5fa8", "#d1602b", "#2f8f5b")
 
 # Found by trial: enough that a run learns, few enough that it takes minutes on one core.
-COMMON = ["--image-size", "64", "--batch", "32", "--micro", "32", "--vit-lr-decay", "1", "--crop-scale", "0"]
+COMMON = ["--batch", "32", "--micro", "32", "--crop-scale", "0"]
 STAGE1 = ["--warmup", "100", "--lr", "1.5e-3", "--min-lr", "1e-4"]
 STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
 N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 400, 600
+LORA = ["--lora-rank", "8", "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
+VIT = {
+    "trained": ["--vit-lr-decay", "1"],
+    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06, as that of CLIP's 24 at 0.9
+    "frozen": ["--vit-lr-decay", "1", "--freeze-vit"],
+}
 DATA = {"text": ["text.json:1"], "image": ["train.json:1"], "both": ["train.json:1", "text.json:1"]}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An Owl2 and its training; the defaults are the baseline. data: of stage 2, a key of DATA."""
+    """An owl and its training; the defaults are the baseline."""
 
+    style: str = "owl2"
     n_query: int = 8
-    adaptive: bool = True  # the modality-adaptive module
-    data: str = "both"
+    image_size: int = 64  # pixels
+    adaptive: bool = True  # an Owl2's modality-adaptive module
+    vit: str = "trained"  # a key of VIT
+    data: str = "both"  # of stage 2: a key of DATA
+    lora: bool = False  # in stage 2 adapters and the abstractor are trained, instead of everything
 
     @property
     def stage1(self) -> str:
-        return f"queries{self.n_query}" + ("" if self.adaptive else "-plain")
+        """What its stage 1 is called: all that tells it from others."""
+        name = "owl1-" if self.style == "owl1" else ""
+        name += f"queries{self.n_query}"
+        name += f"-{self.image_size}px" if self.image_size != 64 else ""
+        name += "-plain" if not self.adaptive else ""
+        return name + (f"-vit-{self.vit}" if self.vit != "trained" else "")
 
     @property
     def stage2(self) -> str:
-        return f"{self.stage1}-{self.data}"
+        return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "")
+
+    @property
+    def language(self) -> str:
+        return "language" if self.style == "owl2" else "language-owl1"
+
+    @property
+    def flags(self) -> list[str]:
+        """Of both stages."""
+        return ["--image-size", str(self.image_size), *VIT[self.vit]]
+
+
+BASELINE = Variant()
+
+
+# --- commands, each run once --------------------------------------------------------------------------
+
+
+class Lab:
+    """A folder of runs, and how they are made in it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.out, self.jobs, self.seeds = args.out, args.jobs, range(args.seeds)
+        self.n_image, self.scale = args.images, args.scale
+        self.children: set[subprocess.Popen] = set()
+        self.stopped = threading.Event()
+
+    def steps(self, n: int) -> list[str]:
+        return ["--steps", str(max(1, round(n * self.scale)))]
+
+    def once(self, name: str, script: str, *flags: str) -> None:
+        """Runs a script of this repository in the lab's folder, unless that was done. ValueError if it fails, or if
+        what is there was made otherwise."""
+        note, command = self.out / f"{name}.run.json", [script, *flags]
+        if note.exists():
+            before = json.loads(note.read_text())
+            if before["command"] != command:
+                raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
+            if before["done"]:
+                return
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"command": command, "done": False})
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        with open(self.out / f"{name}.log", "ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *flags],
+                cwd=self.out,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=log,
+            )
+            self.children.add(child)
+            if self.stopped.is_set():  # between the check of the caller and here
+                child.terminate()
+            code = child.wait()
+            self.children.discard(child)
+        if code != 0:
+            raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
+        write_json(note, {"command": command, "done": True})
+
+    def all(self, what: str, works: Iterable[Callable[[], None]]) -> None:
+        """Does the works, `jobs` at a time. On the first that fails, or when stopped, stops the others."""
+        works = list(works)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                futures = [pool.submit(work) for work in works]
+                for future in tqdm(as_completed(futures), desc=what, total=len(works), unit="run", disable=None):
+                    future.result()
+            except BaseException:
+                self.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(self.children):
+                    child.terminate()  # training makes a checkpoint, and leaves
+                raise
+
+    # --- the runs ------------------------------------------------------------------------------------
+
+    def train(self, stage: int, name: str, *flags: str) -> None:
+        self.once(name, f"train_stage{stage}.py", *COMMON, *flags, "--out", name, "--resume")
+        shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
+
+    def world(self) -> None:
+        self.once("world", "data/shapes/prepare.py", "--out", "world", "--images", str(self.n_image))
+
+    def language(self, style: str) -> None:
+        """Text in either owl's prompts."""
+        start = ["--preset", f"tiny-{style}", "--tokenizer", "world/tokenizer.model", *BASELINE.flags]
+        data = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
+        self.train(0, Variant(style).language, *start, *data, *self.steps(N_STEP_LANGUAGE))
+
+    def vision(self) -> None:
+        data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
+        self.train(1, "vision", "--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION))
+
+    def stage1(self) -> str:
+        """What its stage 1 is called: all that tells it from others."""
+        name = "owl1-" if self.style == "owl1" else ""
+        name += f"queries{self.n_query}"
+        name += f"-{self.image_size}px" if self.image_size != 64 else ""
+        name += "-plain" if not self.adaptive else ""
+        return name + (f"-vit-{self.vit}" if self.vit != "trained" else "")
+
+    @property
+    def stage2(self) -> str:
+        return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "")
+
+    @property
+    def language(self) -> str:
+        return "language" if self.style == "owl2" else "language-owl1"
+
+    @property
+    def flags(self) -> list[str]:
+        """Of both stages."""
+        return ["--image-size", str(self.image_size), *VIT[self.vit]]
+
+
+BASELINE = Variant()
 
 
 # --- commands, each run once --------------------------------------------------------------------------
@@ -139,24 +271,25 @@ class Lab:
     def givens(self) -> None:
         """The world, the language model and the vision tower."""
         self.once("world", "data/shapes/prepare.py", "--out", "world", "--images", str(self.n_image))
-        tokenizer = ["--preset", "tiny-owl2", "--tokenizer", "world/tokenizer.model"]
-        val = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
-        self.train(0, "language", *tokenizer, *val, *self.steps(N_STEP_LANGUAGE))
-        val = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        self.train(1, "vision", "--weights", "language", *val, *STAGE1, *self.steps(N_STEP_VISION))
+        start = ["--preset", "tiny-owl2", "--tokenizer", "world/tokenizer.model", *BASELINE.flags]
+        data = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
+        self.train(0, "language", *start, *data, *self.steps(N_STEP_LANGUAGE))
+        data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
+        self.train(1, "vision", "--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION))
 
     def stage1(self, variant: Variant, seed: int) -> None:
         name = f"seed{seed}/{variant.stage1}"
         start = self.out / f"{name}-start"
         if not (self.out / f"{name}.run.json").exists():
-            save_model(start_model(self.out / "language", self.out / "vision", variant, seed), start)
+            save_model(start_model(self.out / variant.language, self.out / "vision", variant, seed), start)
         data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
-        self.train(1, name, *data, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
+        self.train(1, name, *data, *variant.flags, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
 
     def stage2(self, variant: Variant, seed: int) -> None:
         mix = [f"world/{source}" for source in DATA[variant.data]]
         data = ["--weights", f"seed{seed}/{variant.stage1}", "--mix", *mix]
-        self.train(2, f"seed{seed}/{variant.stage2}", *data, *STAGE2, *self.steps(N_STEP_2), "--seed", str(seed))
+        flags = [*variant.flags, *STAGE2, *(LORA if variant.lora else ["--lora-rank", "0"])]
+        self.train(2, f"seed{seed}/{variant.stage2}", *data, *flags, *self.steps(N_STEP_2), "--seed", str(seed))
 
     def test(self, variant: Variant, seed: int, test: str) -> None:
         name = f"seed{seed}/{variant.stage2}"
@@ -166,7 +299,10 @@ class Lab:
     def run(self, variants: list[Variant], tests: tuple[str, ...] = ("test", "text_test")) -> None:
         """Everything that is not there yet, for all seeds. Raises ValueError, OSError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.all("what is given", [self.givens])
+        self.all("the world", [self.world])
+        styles = {"owl2"} | {variant.style for variant in variants}
+        self.all("the language model", [lambda s=s: self.language(s) for s in sorted(styles)])
+        self.all("the vision tower", [self.vision])
         first = {(variant.stage1, seed): variant for seed in self.seeds for variant in variants}
         self.all("stage 1", [lambda v=v, s=s: self.stage1(v, s) for (_, s), v in first.items()])
         each = [(variant, seed) for seed in self.seeds for variant in variants]
@@ -192,16 +328,16 @@ def start_model(language: Path, vision: Path, variant: Variant, seed: int) -> Ow
 
     The image half of the modality-adaptive module is a copy of the text half, as stage 0 leaves it.
     """
-    config = PRESETS["tiny-owl2"]()
+    config = PRESETS[f"tiny-{variant.style}"]()
     words, sight = load_model(language), load_model(vision)
     config.llama = words.config.llama
-    config.llama.adaptive = variant.adaptive
+    config.llama.adaptive &= variant.adaptive
     config.abstractor.n_query = variant.n_query
     torch.manual_seed(seed)
     model = Owl(config).init_weights()
     model.vit.load_state_dict(sight.vit.state_dict())
     state = words.llama.state_dict()
-    if not variant.adaptive:
+    if not config.llama.adaptive:
         state = {key.replace(".multiway.0.", "."): value for key, value in state.items() if ".multiway.1." not in key}
     model.llama.load_state_dict(state)
     model.tokenizer_folder = words.tokenizer_folder
@@ -213,8 +349,8 @@ def start_model(language: Path, vision: Path, variant: Variant, seed: int) -> Ow
 
 def spread(numbers: list[float]) -> str:
     """"61.2 ± 0.8": mean and standard deviation (of the seeds as a sample)."""
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-    return f"{statistics.mean(numbers):.1f} ± {deviation:.1f}"
+    mean = f"{statistics.mean(numbers):.1f}"
+    return f"{mean} ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else mean
 
 
 def table(head: str, rows: dict[str, dict[str, list[float]]]) -> str:
@@ -248,6 +384,31 @@ def draw(path: Path, title: str, rows: dict[str, dict[str, list[float]]], unit: 
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+
+def scores(lab: Lab, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
+    """Accuracy in percent, for each seed: on images, those of them with unseen pairs and words, and on the text part."""
+    return {
+        name: {
+            "images": lab.shares(variant, "test"),
+            "unseen pairs": lab.shares(variant, "test", seen=False),
+            "text": lab.shares(variant, "text_test"),
+        }
+        for name, variant in variants.items()
+    }
+
+
+def by_kind(lab: Lab, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
+    """The same of each kind of question about images."""
+    return {
+        name: {kind: lab.shares(variant, "test", kind=kind) for kind in KINDS} for name, variant in variants.items()
+    }
+
+
+def write(lab: Lab, name: str, *tables: str) -> None:
+    text = "\n\n".join(tables) + "\n"
+    (lab.out / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 # --- the command line ---------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The benchmarks' readers: files in the published formats, and what goes wrong with them.
 
-The files of fixtures/tasks are invented, a folder for each task, in the formats of: GT-Vision-Lab/VQA (vqav2, okvqa),
-textvqa.org, vizwiz.org, the GQA download, the package easy-vqa, Karpathy's caption_datasets.zip, open-compass/MMBench,
-AILab-CVC/SEED-Bench (DATASET.md), lupantech/ScienceQA, Q-Future/Q-Bench, MME's release, AoiDragon/POPE,
-hendrycks/test, AllenAI's ARC-V1-Feb2018 and X-PLUG/mPLUG-Owl (OwlEval). The images are made here.
+The files of fixtures/tasks are invented, a folder for each task, in the formats of: visualqa.org (vqav2),
+okvqa.allenai.org, textvqa.org, vizwiz.org, the GQA download, the package easy-vqa, Karpathy's caption_datasets.zip,
+open-compass/MMBench, AILab-CVC/SEED-Bench (DATASET.md), lupantech/ScienceQA, Q-Future/Q-Bench, MME's release,
+AoiDragon/POPE, hendrycks/test, AllenAI's ARC-V1-Feb2018 and X-PLUG/mPLUG-Owl (OwlEval). The images are made here.
 """
 
 import json
@@ -33,10 +33,10 @@ IMAGES = {
     "flickr30k": ["flickr30k-images/99.jpg"],
     "seed": ["SEED-Bench-image/1454426_25", "SEED-Bench-image/1454427_11"],
     "scienceqa": ["images/test/4/image.png", "images/test/6/choice_0.png"],
-    "qbench": ["images_llvisionqa/00012.jpg", "images_llvisionqa/00013.jpg"],
-    "qbench-test": ["images_llvisionqa/00012.jpg"],
+    "qbench": ["images/00012.jpg", "images/00013.jpg"],
+    "qbench-test": ["images/00012.jpg"],
     "mme": [f"{c}/images/0001.jpg" if c in SPLIT_MME else f"{c}/0001.png" for cs in MME.values() for c in cs]
-    + ["color/0002.jpg"],
+    + ["artwork/images/toy_dataset/0001.jpg", "color/0002.jpg"],
     "pope": [COCO_42],
     "owleval": ["cases/1.jpg"],
 }
@@ -373,7 +373,7 @@ def test_scienceqa_passes_over_what_has_no_image(read):
 def test_qbench(read):
     sharp, worst = read("qbench")
     assert sharp.prompt == f"<image>Is this picture sharp?\nA. No\nB. Yes\n{PICK}" and sharp.truth == "B"
-    assert worst.truth == "A" and worst.images == ["images_llvisionqa/00013.jpg"]
+    assert worst.truth == "A" and worst.images == ["images/00013.jpg"]
 
 
 # ----------------------------------------------------------------------------------------------------

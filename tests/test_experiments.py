@@ -1,0 +1,243 @@
+"""experiments/: what a run begins with, commands that run once, and the numbers of its tables."""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+import runs  # noqa: E402
+from data.text import Tokenizer  # noqa: E402
+from model import PRESETS, Owl  # noqa: E402
+from runs import Lab, Variant  # noqa: E402
+from weights import load_model, save_model  # noqa: E402
+
+TOKENIZER = ROOT / "checkpoints" / "tiny-owl2" / "tokenizer.model"
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(argparse.Namespace(out=tmp_path, jobs=2, seeds=2, images=60, scale=0.001))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """A folder with a language model and a vision tower, of random weights."""
+    folder = tmp_path_factory.mktemp("given")
+    for seed, name in enumerate(("language", "vision")):
+        torch.manual_seed(seed)
+        config = PRESETS["tiny-owl2"]()
+        config.llama.vocab_size = Tokenizer(TOKENIZER).vocab_size
+        model = Owl(config).init_weights()
+        for part in (p for p in model.parameters() if p.ndim == 1):
+            torch.nn.init.normal_(part)  # norms and biases that tell models apart
+        model.tokenizer_folder = TOKENIZER.parent
+        save_model(model, folder / name)
+    return folder
+
+
+def text_half(state: dict) -> dict:
+    return {key.replace(".multiway.0.", "."): value for key, value in state.items() if ".multiway.1." not in key}
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a run begins with
+
+
+def test_a_run_begins_with_what_is_given(given):
+    model = runs.start_model(given / "language", given / "vision", Variant(n_query=5), seed=0)
+    assert model.config.n_query == 5
+    for part, source in (("vit", "vision"), ("llama", "language")):
+        expected = getattr(load_model(given / source), part).state_dict()
+        state = getattr(model, part).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_the_seed_draws_the_abstractor_alone(given):
+    one, same, other = (
+        runs.start_model(given / "language", given / "vision", Variant(), seed).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    changed = {key for key in one if not torch.equal(one[key], other[key])}
+    assert "abstractor.queries" in changed
+    assert all(key.startswith("abstractor.") for key in changed)
+
+
+def test_without_the_module_is_the_text_half(given):
+    """And so the same language model, as long as there are no image words."""
+    variant = Variant(adaptive=False)
+    plain = runs.start_model(given / "language", given / "vision", variant, seed=0)
+    full = runs.start_model(given / "language", given / "vision", Variant(), seed=0)
+    expected, state = text_half(full.llama.state_dict()), plain.llama.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(plain(ids)[0], full(ids)[0])
+    assert sum(p.numel() for p in full.parameters()) > sum(p.numel() for p in plain.parameters())
+
+
+def test_a_model_without_the_module_is_saved_and_loaded(given, tmp_path):
+    plain = runs.start_model(given / "language", given / "vision", Variant(adaptive=False), seed=0)
+    save_model(plain, tmp_path / "plain")
+    again = load_model(tmp_path / "plain")
+    assert not again.config.llama.adaptive
+    assert again.config == plain.config
+    state, expected = again.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_every_variant_has_a_name_of_its_own():
+    choices = {
+        "style": ("owl2", "owl1"),
+        "n_query": (8, 4),
+        "image_size": (64, 32),
+        "adaptive": (True, False),
+        "vit": tuple(runs.VIT),
+        "data": tuple(runs.DATA),
+        "lora": (False, True),
+    }
+    variants = [Variant(*values) for values in itertools.product(*choices.values())]
+    assert len({variant.stage2 for variant in variants}) == len(variants)
+    # ... and stage 1 is shared by those that differ in stage 2 alone
+    assert len({variant.stage1 for variant in variants}) == len(variants) / len(runs.DATA) / 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# Commands, each run once
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "script.py"
+    path.write_text(f"import pathlib, sys, time\n{text}\n")
+    return str(path)  # (an absolute path below the repository is that path)
+
+
+def test_a_command_is_run_once(lab):
+    count = script(lab.out, "with open('count', 'a') as file: file.write(sys.argv[1])\nprint('said')")
+    for _ in range(3):
+        lab.once("a/b", count, "x")
+    assert (lab.out / "count").read_text() == "x"
+    assert (lab.out / "a/b.log").read_text() == "said\n"
+    assert json.loads((lab.out / "a/b.run.json").read_text()) == {"command": [count, "x"], "done": True}
+
+
+def test_what_was_made_otherwise_is_not_taken_for_it(lab):
+    nothing = script(lab.out, "")
+    lab.once("a", nothing, "x")
+    with pytest.raises(ValueError, match="made with other settings: choose another --out"):
+        lab.once("a", nothing, "y")
+
+
+def test_a_command_that_failed_is_named_and_run_again(lab):
+    flaky = script(lab.out, "ok = pathlib.Path('ok')\nif not ok.exists(): sys.exit('the reason')")
+    with pytest.raises(ValueError, match="script.py failed for .*a: .*a.log says why"):
+        lab.once("a", flaky)
+    assert "the reason" in (lab.out / "a.log").read_text()
+    (lab.out / "ok").touch()
+    lab.once("a", flaky)
+    assert json.loads((lab.out / "a.run.json").read_text())["done"]
+
+
+def test_the_first_failure_stops_the_others(lab):
+    slow = script(lab.out, "time.sleep(60)")
+
+    def fail() -> None:
+        while not lab.children:
+            time.sleep(0.01)
+        raise ValueError("the failure")
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="the failure"):
+        lab.all("test", [lambda: lab.once("slow", slow), fail, lambda: lab.once("never", slow)])
+    assert time.monotonic() - began < 30
+    assert not json.loads((lab.out / "slow.run.json").read_text())["done"]
+    assert not (lab.out / "never.run.json").exists()
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--jobs", "0"], ["--scale", "0"], ["--scale", "nan"]])
+def test_mistakes_are_one_sentence(flags, tmp_path):
+    command = [sys.executable, ROOT / "experiments" / "queries.py", "--out", tmp_path, *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --seeds and --jobs must be 1 or more") and done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_shares_are_percent_of_the_rows_asked_for(lab):
+    rows = [
+        {"answer": "Red.", "truth": "red", "kind": "color", "seen": True, "text_answer": "blue"},
+        {"answer": "blue", "truth": "red", "kind": "color", "seen": False, "text_answer": "blue"},
+        {"answer": "two", "truth": "two", "kind": "count", "seen": True, "text_answer": "one"},
+        {"answer": "", "truth": "two", "kind": "count", "seen": True, "text_answer": "one"},
+    ]
+    for seed, part in enumerate((rows, rows[:1])):
+        (lab.out / f"seed{seed}").mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (lab.out / f"seed{seed}/queries8-both-test.jsonl").write_text(text)
+    assert lab.shares(Variant(), "test") == [50.0, 100.0]
+    assert lab.shares(Variant(), "test", kind="color") == [50.0, 100.0]
+    assert lab.shares(Variant(), "test", said="text_answer") == [25.0, 0.0]
+    lab.seeds = range(1)
+    assert lab.shares(Variant(), "test", seen=False) == [0.0]
+
+
+def test_table_says_mean_and_deviation():
+    rows = {"a": {"x": [1.0, 2.0, 3.0], "y": [10.0, 10.0, 10.0]}, "b": {"x": [4.0, 4.0, 5.5], "y": [0.0, 0.0, 0.0]}}
+    assert runs.table("which", rows).splitlines() == [
+        "| which | x | y |",
+        "|---|---|---|",
+        "| a | 2.0 ± 1.0 | 10.0 ± 0.0 |",
+        "| b | 4.5 ± 0.9 | 0.0 ± 0.0 |",
+    ]
+
+
+def test_one_seed_has_no_deviation():
+    assert runs.spread([12.34]) == "12.3"
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs.draw(tmp_path / "a.png", "title", {"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0, 4.0]}}, "% right")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ----------------------------------------------------------------------------------------------------
+# All of it
+
+
+@pytest.mark.slow
+def test_an_experiment_stopped_and_run_to_its_end(tmp_path):
+    """A few steps of everything; SIGTERM in the middle of it, and then what is there is not made again."""
+    command = [sys.executable, ROOT / "experiments" / "adaptive.py", "--out", tmp_path / "lab"]
+    command += ["--seeds", "1", "--scale", "0.003", "--images", "60"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "lab/vision.run.json").exists():
+        time.sleep(0.1)
+        assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM
+    assert "the same command goes on from here" in first.stderr.read()
+    language = (tmp_path / "lab/language.run.json").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lab/language.run.json").stat().st_mtime_ns == language
+    for data in runs.DATA:
+        assert f"| {data}, with |" in done.stdout and f"| {data}, without |" in done.stdout
+    assert all((tmp_path / "lab" / name).exists() for name in ("adaptive.md", "adaptive.png", "interference.png"))
+    made = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "lab").rglob("*.safetensors")}
+    assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout
+    assert {path: os.stat(path).st_mtime_ns for path in made} == made
