@@ -3,8 +3,8 @@
     python experiments/retention.py             # 3 seeds: an Owl1's language model, 3 runs of stage 1, 6 of stage 2
 
 Stage 1 freezes the language model. Then stage 2 on images alone, which ask nothing of the text part: once with adapters
-of rank 8 on q_proj and v_proj (and the abstractor, as the paper's abstract has it), at a learning rate of their own; once
-with everything trained. What is left of the text ability?
+of rank 8 on q_proj and v_proj (and the abstractor, as the paper's abstract has it), at a learning rate of their own;
+once with everything trained. What is left of the text ability?
 """
 
 from runs import Lab, Variant, by_kind, draw, experiment, scores, table, write

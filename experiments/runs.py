@@ -387,7 +387,7 @@ def draw(path: Path, title: str, rows: dict[str, dict[str, list[float]]], unit: 
 
 
 def scores(lab: Lab, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """Accuracy in percent, for each seed: on images, those of them with unseen pairs and words, and on the text part."""
+    """Accuracy in percent, for each seed: on images, those of them with unseen pairs or words, and on the text part."""
     return {
         name: {
             "images": lab.shares(variant, "test"),

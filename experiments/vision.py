@@ -1,4 +1,4 @@
-"""Should the vision tower learn as well, and how fast? (Owl2 trains it in both stages, at rates that fall layer by layer)
+"""Should the vision tower learn as well, and how fast? (Owl2 section 3.3: it does, at rates that fall layer by layer)
 
     python experiments/vision.py                # 3 seeds: 9 runs of either stage, 3 of them shared with the others
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sentencepiece import SentencePieceProcessor
 
 from data.conversations import Conversations, Skipped
+from data.shapes.prepare import WORDS
 from data.text import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -387,7 +388,8 @@ def test_all_files_load(small):
             sample = data[0, index]
             assert not isinstance(sample, Skipped), sample
             assert sample.n_cut == 0
-    assert len(tokenizer.encode("B A D")) - len(tokenizer.encode("B A")) == len(tokenizer.encode("D"))
+    for word in WORDS:
+        assert len(tokenizer.encode(f"word {word}")) - len(tokenizer.encode("word")) == len(word.split())
 
 
 def test_same_seed_same_files(small, tmp_path):

@@ -8,7 +8,7 @@ An image is 64 x 64 pixels: up to four things in six cells, and a word below the
     +-------------------+    column   left      middle    right
     |  O          ###   |    row      top, bottom
     |       +     ###   |    thing    6 shapes x 6 colours x 2 sizes; no two of one picture agree in shape and colour
-    |  B A D            |    word     2 or 3 letters of 12, written with spaces in every text: a token for each letter
+    |  B A G            |    word     2 or 3 letters of 12, written with spaces in every text: a token for each letter
     +-------------------+
 
     file                             samples of                                                for
@@ -39,9 +39,12 @@ file, be it as an image or in words. A test question is unseen if it is about on
     sum      "what is the last digit of 3 plus 4?"    tested: the other order of a sum
     told     "The circle is blue. ... what color is the circle?"   tested: other statements
 
-The answers of a kind are about equally frequent. What is printed at the end as `blind` is the best that one gets who
-sees no image and knows no fact: either to each question its most frequent answer in training (in the text part all
-questions about food are one, and so on), or to all of the kind their most frequent answer in the test.
+(A small world has fewer samples to say it all in: below 4,000 images some facts are tested that training never says.)
+
+The answers of a kind are about equally frequent, except where statements are told. What is printed at the end as `blind`
+is the best that one gets who sees no image and knows no fact: either to each question its most frequent answer in
+training (in the text part all questions about food are one, and so on), or to all of the kind their most frequent
+answer in the test.
 
 Left and right have a meaning here, so **train with `--crop-scale 0`**: flips make captions false. Same seed, same texts
 and pixels on any machine. (The bytes of the PNGs follow Pillow's version; tokenizer.model names its own folder.)
@@ -161,7 +164,7 @@ class Scene(NamedTuple):
 
     @property
     def words(self) -> str:
-        """"a big red circle top left, a small blue bar bottom middle, the word B A D"."""
+        """"a big red circle top left, a small blue bar bottom middle, the word B A G"."""
         names = [f"a {t.size} {t.color} {t.shape} {ROWS[t.row]} {COLUMNS[t.column]}" for t in self.things]
         return ", ".join([*names, f"the word {self.word}"])
 
@@ -176,7 +179,7 @@ class Turn(NamedTuple):
 
     about: pairs of shape and colour, or the word, that have to be known to answer. statement: says what the answer is,
     with {} in its place; choices: what could stand there without speaking of a held pair. form: the part of the
-    question that `blind` may see.
+    question that `blind` (print_blind) may see.
     """
 
     kind: str
@@ -349,7 +352,7 @@ class Chooser:
         self.used: Counter[tuple[str, str]] = Counter()
 
     def choose(self, turns: list[Turn]) -> list[Turn]:
-        """At most one of each kind, in random order."""
+        """At most one question of each kind, in random order: the one whose answer was rarest so far."""
         chosen = []
         for kind in KINDS:
             of_kind = [turn for turn in turns if turn.kind == kind]
@@ -401,7 +404,7 @@ class Knowledge:
 
         dealt = rng.sample(ANIMALS, len(ANIMALS))
         for k, name in enumerate(NAMES):
-            tested = (dealt * 2)[8 * k % 32 :][:8]  # each animal with two of the names
+            tested = dealt[8 * k % 32 :][:8]  # each animal with two of the names
             for animal in ANIMALS:
                 turns = []
                 for relation, forms in FACT_FORMS.items():
@@ -501,7 +504,7 @@ def stage0_samples(split: str, n: int, knowledge: Knowledge, rng: random.Random)
 def conflict_sample(name: str, image: str, turns: list[Turn], k: int, rng: random.Random) -> dict:
     """A false statement, and the question what is true. The answer of the conversation is the image's."""
     turns = [turn for turn in turns if turn.statement]
-    turn = turns[k % len(turns)]
+    turn = turns[k % len(turns)]  # so that each kind comes up
     lie = rng.choice([choice for choice in turn.choices if choice != turn.answer])
     sample = plain_sample(name, [turn], f"<|image|>{turn.statement.format(lie)} ", image)
     return sample | {"kind": turn.kind, "image_answer": turn.answer, "text_answer": lie}
