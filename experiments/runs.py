@@ -28,9 +28,10 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,8 +108,12 @@ class Lab:
     def __init__(self, args: argparse.Namespace):
         self.out, self.jobs, self.seeds = args.out, args.jobs, range(args.seeds)
         self.n_image, self.scale = args.images, args.scale
+        self.locks: dict[str, threading.Lock] = {}  # by name of what is made: two runs may want it at once
         self.children: set[subprocess.Popen] = set()
         self.stopped = threading.Event()
+
+    def lock(self, name: str) -> threading.Lock:
+        return self.locks.setdefault(name, threading.Lock())
 
     def steps(self, n: int) -> list[str]:
         return ["--steps", str(max(1, round(n * self.scale)))]
@@ -116,40 +121,40 @@ class Lab:
     def once(self, name: str, script: str, *flags: str) -> None:
         """Runs a script of this repository in the lab's folder, unless that was done. ValueError if it fails, or if
         what is there was made otherwise."""
-        note, command = self.out / f"{name}.run.json", [script, *flags]
-        if note.exists():
-            before = json.loads(note.read_text())
-            if before["command"] != command:
-                raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
-            if before["done"]:
-                return
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"command": command, "done": False})
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        with open(self.out / f"{name}.log", "ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, str(ROOT / script), *flags],
-                cwd=self.out,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                stdout=log,
-                stderr=log,
-            )
-            self.children.add(child)
-            if self.stopped.is_set():  # between the check of the caller and here
-                child.terminate()
-            code = child.wait()
-            self.children.discard(child)
-        if code != 0:
-            raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
-        write_json(note, {"command": command, "done": True})
+        with self.lock(name):
+            note, command = self.out / f"{name}.run.json", [script, *flags]
+            if note.exists():
+                before = json.loads(note.read_text())
+                if before["command"] != command:
+                    raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
+                if before["done"]:
+                    return
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, {"command": command, "done": False})
+            if self.call(command, self.out / f"{name}.log") != 0:
+                raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
+            write_json(note, {"command": command, "done": True})
 
-    def all(self, what: str, works: Iterable[Callable[[], None]]) -> None:
+    def call(self, command: list[str], log: Path) -> int:
+        """Runs a script, and waits for its exit code."""
+        script, *flags = command
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        with open(log, "ab") as file:
+            argv = [sys.executable, str(ROOT / script), *flags]
+            child = subprocess.Popen(argv, cwd=self.out, env=env, stdout=file, stderr=file)
+        self.children.add(child)
+        if self.stopped.is_set():  # after `all` has gone over the children
+            child.terminate()
+        code = child.wait()
+        self.children.discard(child)
+        return code
+
+    def all(self, works: list[Callable[[], None]]) -> None:
         """Does the works, `jobs` at a time. On the first that fails, or when stopped, stops the others."""
-        works = list(works)
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = [pool.submit(work) for work in works]
-                for future in tqdm(as_completed(futures), desc=what, total=len(works), unit="run", disable=None):
+                for future in tqdm(as_completed(futures), total=len(works), unit="run", disable=None):
                     future.result()
             except BaseException:
                 self.stopped.set()
@@ -177,111 +182,12 @@ class Lab:
         data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
         self.train(1, "vision", "--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION))
 
-    def stage1(self) -> str:
-        """What its stage 1 is called: all that tells it from others."""
-        name = "owl1-" if self.style == "owl1" else ""
-        name += f"queries{self.n_query}"
-        name += f"-{self.image_size}px" if self.image_size != 64 else ""
-        name += "-plain" if not self.adaptive else ""
-        return name + (f"-vit-{self.vit}" if self.vit != "trained" else "")
-
-    @property
-    def stage2(self) -> str:
-        return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "")
-
-    @property
-    def language(self) -> str:
-        return "language" if self.style == "owl2" else "language-owl1"
-
-    @property
-    def flags(self) -> list[str]:
-        """Of both stages."""
-        return ["--image-size", str(self.image_size), *VIT[self.vit]]
-
-
-BASELINE = Variant()
-
-
-# --- commands, each run once --------------------------------------------------------------------------
-
-
-class Lab:
-    """A folder of runs, and how they are made in it."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.out, self.jobs, self.seeds = args.out, args.jobs, range(args.seeds)
-        self.n_image, self.scale = args.images, args.scale
-        self.children: set[subprocess.Popen] = set()
-        self.stopped = threading.Event()
-
-    def steps(self, n: int) -> list[str]:
-        return ["--steps", str(max(1, round(n * self.scale)))]
-
-    def once(self, name: str, script: str, *flags: str) -> None:
-        """Runs a script of this repository in the lab's folder, unless that was done. ValueError if it fails, or if
-        what is there was made otherwise."""
-        note, command = self.out / f"{name}.run.json", [script, *flags]
-        if note.exists():
-            before = json.loads(note.read_text())
-            if before["command"] != command:
-                raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
-            if before["done"]:
-                return
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"command": command, "done": False})
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        with open(self.out / f"{name}.log", "ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, str(ROOT / script), *flags],
-                cwd=self.out,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                stdout=log,
-                stderr=log,
-            )
-            self.children.add(child)
-            if self.stopped.is_set():  # between the check of the caller and here
-                child.terminate()
-            code = child.wait()
-            self.children.discard(child)
-        if code != 0:
-            raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
-        write_json(note, {"command": command, "done": True})
-
-    def all(self, what: str, works: Iterable[Callable[[], None]]) -> None:
-        """Does the works, `jobs` at a time. On the first that fails, or when stopped, stops the others."""
-        works = list(works)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                futures = [pool.submit(work) for work in works]
-                for future in tqdm(as_completed(futures), desc=what, total=len(works), unit="run", disable=None):
-                    future.result()
-            except BaseException:
-                self.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in list(self.children):
-                    child.terminate()  # training makes a checkpoint, and leaves
-                raise
-
-    # --- the runs ------------------------------------------------------------------------------------
-
-    def train(self, stage: int, name: str, *flags: str) -> None:
-        self.once(name, f"train_stage{stage}.py", *COMMON, *flags, "--out", name, "--resume")
-        shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
-
-    def givens(self) -> None:
-        """The world, the language model and the vision tower."""
-        self.once("world", "data/shapes/prepare.py", "--out", "world", "--images", str(self.n_image))
-        start = ["--preset", "tiny-owl2", "--tokenizer", "world/tokenizer.model", *BASELINE.flags]
-        data = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
-        self.train(0, "language", *start, *data, *self.steps(N_STEP_LANGUAGE))
-        data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        self.train(1, "vision", "--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION))
-
     def stage1(self, variant: Variant, seed: int) -> None:
         name = f"seed{seed}/{variant.stage1}"
         start = self.out / f"{name}-start"
-        if not (self.out / f"{name}.run.json").exists():
-            save_model(start_model(self.out / variant.language, self.out / "vision", variant, seed), start)
+        with self.lock(f"{name}-start"):
+            if not (start / "model.safetensors.index.json").exists():  # which save_model writes last
+                save_model(start_model(self.out / variant.language, self.out / "vision", variant, seed), start)
         data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
         self.train(1, name, *data, *variant.flags, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
 
@@ -296,18 +202,21 @@ class Lab:
         flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
         self.once(f"{name}-{test}", "evaluate.py", *flags)
 
+    def chain(self, variant: Variant, seed: int, tests: tuple[str, ...]) -> None:
+        """A run from its beginnings to its tests, less what is there already."""
+        self.world()
+        self.language("owl2")
+        self.vision()
+        self.language(variant.style)
+        self.stage1(variant, seed)
+        self.stage2(variant, seed)
+        for test in tests:
+            self.test(variant, seed, test)
+
     def run(self, variants: list[Variant], tests: tuple[str, ...] = ("test", "text_test")) -> None:
-        """Everything that is not there yet, for all seeds. Raises ValueError, OSError."""
+        """All runs of all seeds. Raises ValueError, OSError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.all("the world", [self.world])
-        styles = {"owl2"} | {variant.style for variant in variants}
-        self.all("the language model", [lambda s=s: self.language(s) for s in sorted(styles)])
-        self.all("the vision tower", [self.vision])
-        first = {(variant.stage1, seed): variant for seed in self.seeds for variant in variants}
-        self.all("stage 1", [lambda v=v, s=s: self.stage1(v, s) for (_, s), v in first.items()])
-        each = [(variant, seed) for seed in self.seeds for variant in variants]
-        self.all("stage 2", [lambda v=v, s=s: self.stage2(v, s) for v, s in each])
-        self.all("testing", [lambda v=v, s=s, t=t: self.test(v, s, t) for v, s in each for t in tests])
+        self.all([partial(self.chain, variant, seed, tests) for seed in self.seeds for variant in variants])
 
     def rows(self, variant: Variant, seed: int, test: str) -> list[dict]:
         """The answers of a test, and what evaluate.py wrote beside each."""
