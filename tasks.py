@@ -27,15 +27,16 @@ A folder holds these files, with the owners' names and folders. Where they are p
     seed              SEED-Bench.json, of which the questions on images                      SEED-Bench-image/
     scienceqa         problems.json, pid_splits.json: the test questions with an image       images/test/
     qbench, -test     llvisionqa_dev.json; llvisionqa_test.json       (test: no answers)     images/
-    mme               CATEGORY/*.txt or CATEGORY/questions_answers_YN/*.txt                  beside, or in CATEGORY/images/
+    mme               CATEGORY/*.txt or CATEGORY/questions_answers_YN/*.txt                  beside; CATEGORY/images/
     pope              coco_pope_random.json, ..._popular.json, ..._adversarial.json          val2014/
     mmlu              dev/*_dev.csv, test/*_test.csv                                         none
     arc-c, arc-e      ARC-Challenge/ARC-Challenge-Test.jsonl; ARC-Easy/ARC-Easy-Test.jsonl   none
     owleval           questions.jsonl                                                        cases/ (or images/)
 
-The prompts are those of Owl2's released evaluation scripts. Those have none for VizWiz, GQA and POPE, which get that of
-VQAv2, nor for SEED, Q-Bench and ScienceQA, which get that of MMBench (Owl2's authors say so of the first two), without
-the line for a hint where a benchmark has no hints. easy-VQA's questions are asked as they stand.
+The prompts are those of Owl2's released evaluation scripts, but for the space (a token of its own) that those for VQA,
+captions and MME leave after "ASSISTANT:". There are none for VizWiz, GQA and POPE, which get that of VQAv2, nor for
+SEED, Q-Bench and ScienceQA, which get that of MMBench (Owl2's authors say so of the first two), without the line for a
+hint where a benchmark has no hints. easy-VQA's questions are asked as they stand.
 
 MMLU is asked in its owners' form, behind five worked examples. ARC's owners have none for language models: it gets one
 like it, behind no examples. The answer is whichever letter the model finds likeliest. OwlEval's conversations are held
@@ -465,13 +466,13 @@ def read_pope(folder: Path) -> Iterator[Question]:
 # --- text only ---------------------------------------------------------------------------------------
 
 
-def read_mmlu(folder: Path, n_shot: int = 5) -> Iterator[Question]:
+def read_mmlu(folder: Path) -> Iterator[Question]:
     """The owners' prompt to the letter: its two spaces after "about" are theirs."""
-    names = ("question", "A", "B", "C", "D", "answer")
+    names = ("question", *"ABCD", "answer")
     for path in some_files(folder / "test", "*_test.csv"):
         subject = path.name.removesuffix("_test.csv")
         shots = []
-        for row in read_table(folder / "dev" / f"{subject}_dev.csv", ",", names)[:n_shot]:
+        for row in read_table(folder / "dev" / f"{subject}_dev.csv", ",", names)[:5]:
             shots.append(f"{mmlu_question(row)} {row.one_of('answer', tuple('ABCD'))}\n\n")
         topic = subject.replace("_", " ")
         before = f"The following are multiple choice questions (with answers) about  {topic}.\n\n{''.join(shots)}"
@@ -503,7 +504,7 @@ def by_people(answer: str, question: Question) -> float | None:
 
 
 def by_match(answer: str, question: Question) -> float:
-    """1 for the right words, but for capitals, spaces around and a full stop."""
+    """1 for the right words, but for capitals, spaces around and a full stop: GQA's script forgives none of them."""
     return float(answer.strip().lower().removesuffix(".") == question.truth.strip().lower().removesuffix("."))
 
 
@@ -512,7 +513,11 @@ def by_letter(answer: str, question: Question) -> float | None:
 
 
 def letter(answer: str) -> str:
-    """The option an answer names, "" for none: "B", "(B)", "B. a cat", "The answer is B", but not "A cat"."""
+    """The option an answer names, "" for none: "B", "(B)", "B. a cat", "The answer is B", but not "A cat".
+
+    MMBench's owners go on to find an option by its words, and if need be by asking ChatGPT: answers that are no letter
+    may get more from them.
+    """
     said = re.match(r"\W*([A-E])(?![-'’]?\w)(?!\s+\w)", answer)
     said = said or re.search(r"(?i:answer is|answer:|option)\s*\(?([A-E])\b", answer)
     return said[1] if said else ""
@@ -562,11 +567,12 @@ def accuracy(results: Results) -> dict[str, float]:
 
 def circular(results: Results) -> dict[str, float]:
     """MMBench: of the questions, those with all their rotations right."""
+    if any(score is None for _, _, score in results):
+        return accuracy(results)  # the server puts the rotations together
     rotations = defaultdict(list)
     for result in results:
         rotations[int(result[0].id) % ROTATION].append(result)
-    worst = [min(rows, key=lambda row: row[2] or 0.0) for rows in rotations.values()]
-    return accuracy(worst)
+    return accuracy([min(rows, key=lambda row: row[2]) for rows in rotations.values()])
 
 
 def caption_scores(results: Results) -> dict[str, float]:

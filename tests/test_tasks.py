@@ -8,6 +8,7 @@ AoiDragon/POPE, hendrycks/test, AllenAI's ARC-V1-Feb2018 and X-PLUG/mPLUG-Owl (O
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tasks import MME, PICK, SHORT, TASKS, Question, Row, letter, read_lines, re
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tasks"
 COCO_42 = "val2014/COCO_val2014_000000000042.jpg"
-SPLIT_MME = ("artwork", "celebrity", "landmark", "posters", "scene")  # with folders for images and for questions
+SPLIT_MME = ("celebrity", "landmark", "posters", "scene")  # with folders for images and for questions, as artwork
 IMAGES = {
     "vqav2": [COCO_42],
     "vqav2-testdev": ["test2015/COCO_test2015_000000000007.jpg"],
@@ -32,11 +33,15 @@ IMAGES = {
     "coco": [COCO_42],
     "flickr30k": ["flickr30k-images/99.jpg"],
     "seed": ["SEED-Bench-image/1454426_25", "SEED-Bench-image/1454427_11"],
-    "scienceqa": ["images/test/4/image.png", "images/test/6/choice_0.png"],
+    "scienceqa": ["images/test/4/image.png", "images/test/6/image.png"],
     "qbench": ["images/00012.jpg", "images/00013.jpg"],
     "qbench-test": ["images/00012.jpg"],
-    "mme": [f"{c}/images/0001.jpg" if c in SPLIT_MME else f"{c}/0001.png" for cs in MME.values() for c in cs]
-    + ["artwork/images/toy_dataset/0001.jpg", "color/0002.jpg"],
+    "mme": [
+        *(f"{c}/images/0001.jpg" for c in SPLIT_MME),
+        *(f"{c}/0001.png" for c in sum(MME.values(), []) if c not in (*SPLIT_MME, "artwork")),
+        "artwork/images/toy_dataset/0001.jpg",
+        "color/0002.jpg",
+    ],
     "pope": [COCO_42],
     "owleval": ["cases/1.jpg"],
 }
@@ -249,7 +254,9 @@ def test_the_other_open_tasks(read):
     (tin,) = read("vizwiz")
     assert tin.prompt == f"<image>Hi, what is in this tin? Thank you. {SHORT}" and tin.group == "other"
     assert tin.truth == ["beans"] * 6 + ["unanswerable"] * 4
-    assert summary("vizwiz", [tin], ["beans"]) == {"accuracy": 100.0}
+    assert summary("vizwiz", [tin], ["beans"]) == summary("vizwiz", [tin], ["unanswerable"]) == {"accuracy": 100.0}
+    assert summary("vizwiz", [tin], ["I cannot tell"]) == {"accuracy": 0.0}  # "unanswerable" is a word like any other
+    assert read("vizwiz-test")[0].images == ["test/VizWiz_test_00000000.jpg"]  # its file lies in no folder of its own
 
 
 def test_gqa_and_easy_vqa_count_exact_matches(read):
@@ -277,10 +284,11 @@ def test_captions_are_those_of_the_test_split(read):
 
 
 def test_owleval_is_for_people_to_rate(read):
-    first, second = read("owleval")
+    first, second, alone = read("owleval")
     assert first.prompt == "<image>What is odd here?" and first.images == ["cases/1.jpg"] and first.before == []
     assert second.prompt == "And why?" and second.images == [] and second.before == ["1"]
     assert (first.group, second.group) == ("a,b,e", "a,b")
+    assert alone.before == [] and alone.images == ["cases/1.jpg"]  # "]single_turn", as published once
     assert summary("owleval", [first, second], ["This.", "That."]) == {"answers for people to rate": 2}
 
 
@@ -319,6 +327,8 @@ def test_mmbench_counts_a_question_if_all_rotations_are_right(read):
         numbers = summary("mmbench", questions, answers)
         assert numbers["accuracy"] == 50.0 and numbers["accuracy, coarse_perception"] == 100.0
     assert summary("mmbench", questions, ["A", "", "D"])["accuracy"] == 0.0
+    unknown = [replace(question, truth=None) for question in questions]  # for the server, which wants every row
+    assert summary("mmbench-test", unknown, ["A", "B", "C"]) == {"answers without a published truth": 3}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +377,7 @@ def test_scienceqa_passes_over_what_has_no_image(read):
     assert animals.prompt == f"<image>N/A\nWhich of these two is the larger?\nA. the ant\nB. the elephant\n{PICK}"
     assert arrow.prompt.startswith("<image>The picture shows a map.\nWhere does the arrow point?\nA. north\n")
     assert (animals.id, animals.truth, arrow.id, arrow.truth) == ("4", "B", "6", "C")
-    assert arrow.images == ["images/test/6/choice_0.png"] and arrow.group == "social science"
+    assert arrow.images == ["images/test/6/image.png"] and arrow.group == "social science"
 
 
 def test_qbench(read):
@@ -386,7 +396,9 @@ def test_mme(read):
     kite = next(question for question in questions if question.id == "color/0002/0")
     assert kite.prompt == f"<image>Is there a red kite? \n{SHORT}"  # the space is the released script's
     assert (kite.images, kite.truth) == (["color/0002.jpg"], "yes")
-    assert {q.images[0] for q in questions if q.group in ("OCR", "scene")} == {"OCR/0001.png", "scene/images/0001.jpg"}
+    places = {q.group: q.images[0] for q in questions if q.group in ("OCR", "scene", "artwork")}
+    assert (places["OCR"], places["scene"]) == ("OCR/0001.png", "scene/images/0001.jpg")
+    assert places["artwork"] == "artwork/images/toy_dataset/0001.jpg"  # as in some copies of the release
     score = TASKS["mme"].score_one
     assert [score(a, kite) for a in ("Yes", "yes, it", " YES.", "A yes", "no", "I say yes")] == [1, 1, 1, 0, 0, 0]
     blue = next(question for question in questions if question.id == "color/0002/1")
