@@ -219,11 +219,14 @@ def encode_raw(text: str, tokenizer: Tokenizer, style: str) -> list[int]:
     return encode_pieces(pieces, tokenizer)[0]
 
 
-def render_prompt(messages: list[str | None], tokenizer: Tokenizer, style: str) -> list[int]:
+def render_prompt(
+    messages: list[str | None], tokenizer: Tokenizer, style: str, space: bool = False
+) -> list[int]:
     """The ids of a conversation that waits for an answer, one IMAGE_ID an image.
 
-    messages: questions and answers in turn, the last None, where the answer goes.
-    Raises ValueError for anything else.
+    messages: questions and answers in turn, the last None, where the answer goes. space: Owl2's prompt ends in a
+    space, for LLaMA a token of its own (the released chat has none; most of the released evaluation scripts do).
+    Raises ValueError for other messages.
     """
     _check_style(style)
     if len(messages) % 2 != 0 or not messages or messages[-1] is not None or None in messages[:-1]:
@@ -231,7 +234,10 @@ def render_prompt(messages: list[str | None], tokenizer: Tokenizer, style: str) 
     if style == "owl1":
         text = "".join(speaker + said for speaker, said in owl1_lines(messages))
         return encode_pieces(mark(text), tokenizer)[0]
-    return encode_pieces(owl2_pieces(messages, training=False), tokenizer)[0]
+    pieces = owl2_pieces(messages, training=False)
+    if space:
+        pieces[-1] = (pieces[-1][0] + " ", False)
+    return encode_pieces(pieces, tokenizer)[0]
 
 
 def render_conversation(

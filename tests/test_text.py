@@ -91,6 +91,14 @@ def test_golden_owl2_prompts(tokenizers, case, kind, mark):
     assert encode_raw(swap_marks(case["prompt"], mark), tokenizers[kind], "owl2") == case[f"ids_{kind}"]
 
 
+@pytest.mark.parametrize("kind", LEGACY)
+def test_a_prompt_that_ends_in_a_space(tokenizers, kind):
+    """As the released evaluation scripts write it down: one token more."""
+    plain, ids = (render_prompt(["<|image|>Why?", None], tokenizers[kind], "owl2", space) for space in (False, True))
+    assert ids == encode_raw("USER: <|image|>Why? ASSISTANT: ", tokenizers[kind], "owl2")
+    assert ids[:-1] == plain
+
+
 @pytest.mark.parametrize("mark", MARKS)
 @pytest.mark.parametrize("kind", LEGACY)
 @pytest.mark.parametrize("case", OWL1_PROMPTS, ids=by_name)
