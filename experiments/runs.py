@@ -51,7 +51,7 @@ COLOURS = ("#1f5fa8", "#d1602b", "#2f8f5b")
 COMMON = ["--batch", "32", "--micro", "32", "--crop-scale", "0"]
 STAGE1 = ["--warmup", "100", "--lr", "1.5e-3", "--min-lr", "1e-4"]
 STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
-N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 400, 600
+N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 300, 400
 LORA = ["--lora-rank", "8", "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
 VIT = {
     "trained": ["--vit-lr-decay", "1"],

@@ -3,7 +3,7 @@
     python experiments/vision.py                # 3 seeds: 9 runs of either stage, 3 of them shared with the others
 
 Frozen, as Owl2's released fine-tuning scripts have it; trained; and trained with the learning rate halved from each
-layer to the one below. The tower that is given has seen the same captions, for five times as long as a stage 1 here.
+layer to the one below. The tower that is given has seen the same captions, for six or seven times as long as a stage 1 here.
 """
 
 from runs import VIT, Lab, Variant, by_kind, draw, experiment, scores, table, write
