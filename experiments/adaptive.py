@@ -1,7 +1,7 @@
-"""Does the modality-adaptive module help, and on which data? (Owl2 section 4.4, Table 5)
+"""Does the modality-adaptive module help, and on which data? (Owl2, Table 5)
 
     python experiments/adaptive.py              # 3 seeds: 6 runs of stage 1, 18 of stage 2
-    python experiments/adaptive.py --seeds 1 --scale 0.01 --images 60 --out /tmp/try      # to see it work
+    python experiments/adaptive.py --seeds 1 --scale 0.01 --images 60 --out runs/try      # to see it work
 
 With and without the module, stage 2 on text, on images, on both; all trained for the same number of steps, so that of
 both a run sees half as much of each. Each is then asked about images that it never saw, and the questions of the text

@@ -1,10 +1,9 @@
-"""How many queries does the abstractor want? (Owl2 section 4.4, Table 7)
+"""How many queries does the abstractor want? (Owl2, Table 7)
 
     python experiments/queries.py               # 3 seeds: 15 runs of either stage, 3 of them shared with adaptive.py
 
 An image becomes as many words as there are queries, and one more. Fewer cost less; too few cannot say all that is asked
-about. The paper found 64 enough at 224 pixels: more helped little, fewer hurt, reading text most of all. Here an image
-of 64 x 64 pixels has 64 patches.
+about. The paper found 64 enough, and that fewer hurt. Here an image of 64 x 64 pixels has 64 patches.
 """
 
 from runs import Lab, Variant, by_kind, draw, experiment, scores, table, write

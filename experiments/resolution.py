@@ -1,4 +1,4 @@
-"""How much does resolution matter? (Owl2 section 4.4 compares 224 with 448 pixels)
+"""How much does resolution matter? (Owl2 learns at 224 pixels and answers at 448)
 
     python experiments/resolution.py            # 3 seeds: 9 runs of either stage, 3 of them shared with the others
 

@@ -42,8 +42,10 @@ sys.path.insert(0, str(ROOT))
 from evaluate import normal  # noqa: E402
 from launch import fail  # noqa: E402
 from model import PRESETS, Owl  # noqa: E402
+from patches import Patches  # noqa: E402
 from weights import load_model, save_model, write_json  # noqa: E402
 
+VOCAB_SIZE = 640  # of data/shapes' tokenizer
 KINDS = ("color", "shape", "count", "relation", "size", "compare", "there", "word")  # of data/shapes' questions
 COLOURS = ("#1f5fa8", "#d1602b", "#2f8f5b")
 
@@ -67,6 +69,7 @@ class Variant:
 
     style: str = "owl2"
     n_query: int = 8
+    patches: bool = False  # instead of the abstractor's queries: as many patches, through one Linear (patches.py)
     image_size: int = 64  # pixels
     adaptive: bool = True  # an Owl2's modality-adaptive module
     vit: str = "trained"  # a key of VIT
@@ -77,7 +80,7 @@ class Variant:
     def stage1(self) -> str:
         """What its stage 1 is called: all that tells it from others."""
         name = "owl1-" if self.style == "owl1" else ""
-        name += f"queries{self.n_query}"
+        name += f"{'patches' if self.patches else 'queries'}{self.n_query}"
         name += f"-{self.image_size}px" if self.image_size != 64 else ""
         name += "-plain" if not self.adaptive else ""
         return name + (f"-vit-{self.vit}" if self.vit != "trained" else "")
@@ -89,6 +92,10 @@ class Variant:
     @property
     def language(self) -> str:
         return "language" if self.style == "owl2" else "language-owl1"
+
+    def runs(self, script: str) -> list[str]:
+        """The command that runs a script with this owl."""
+        return ["experiments/patches.py", script] if self.patches else [script]
 
     @property
     def flags(self) -> list[str]:
@@ -165,8 +172,8 @@ class Lab:
 
     # --- the runs ------------------------------------------------------------------------------------
 
-    def train(self, stage: int, name: str, *flags: str) -> None:
-        self.once(name, f"train_stage{stage}.py", *COMMON, *flags, "--out", name, "--resume")
+    def train(self, stage: int, variant: Variant, name: str, *flags: str) -> None:
+        self.once(name, *variant.runs(f"train_stage{stage}.py"), *COMMON, *flags, "--out", name, "--resume")
         shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
 
     def world(self) -> None:
@@ -174,13 +181,15 @@ class Lab:
 
     def language(self, style: str) -> None:
         """Text in either owl's prompts."""
-        start = ["--preset", f"tiny-{style}", "--tokenizer", "world/tokenizer.model", *BASELINE.flags]
+        variant = Variant(style)
+        start = ["--preset", f"tiny-{style}", "--tokenizer", "world/tokenizer.model", *variant.flags]
         data = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
-        self.train(0, Variant(style).language, *start, *data, *self.steps(N_STEP_LANGUAGE))
+        self.train(0, variant, variant.language, *start, *data, *self.steps(N_STEP_LANGUAGE))
 
     def vision(self) -> None:
         data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        self.train(1, "vision", "--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION))
+        flags = ["--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION)]
+        self.train(1, BASELINE, "vision", *flags)
 
     def stage1(self, variant: Variant, seed: int) -> None:
         name = f"seed{seed}/{variant.stage1}"
@@ -189,18 +198,18 @@ class Lab:
             if not (start / "model.safetensors.index.json").exists():  # which save_model writes last
                 save_model(start_model(self.out / variant.language, self.out / "vision", variant, seed), start)
         data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
-        self.train(1, name, *data, *variant.flags, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
+        self.train(1, variant, name, *data, *variant.flags, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
 
     def stage2(self, variant: Variant, seed: int) -> None:
         mix = [f"world/{source}" for source in DATA[variant.data]]
         data = ["--weights", f"seed{seed}/{variant.stage1}", "--mix", *mix]
         flags = [*variant.flags, *STAGE2, *(LORA if variant.lora else ["--lora-rank", "0"])]
-        self.train(2, f"seed{seed}/{variant.stage2}", *data, *flags, *self.steps(N_STEP_2), "--seed", str(seed))
+        self.train(2, variant, f"seed{seed}/{variant.stage2}", *data, *flags, *self.steps(N_STEP_2), "--seed", str(seed))
 
     def test(self, variant: Variant, seed: int, test: str) -> None:
         name = f"seed{seed}/{variant.stage2}"
         flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
-        self.once(f"{name}-{test}", "evaluate.py", *flags)
+        self.once(f"{name}-{test}", *variant.runs("evaluate.py"), *flags)
 
     def chain(self, variant: Variant, seed: int, tests: tuple[str, ...]) -> None:
         """A run from its beginnings to its tests, less what is there already."""
@@ -232,25 +241,33 @@ class Lab:
         return shares
 
 
+def make_owl(variant: Variant) -> Owl:
+    """An owl of that shape, without weights."""
+    config = PRESETS[f"tiny-{variant.style}"]()
+    config.llama.vocab_size = VOCAB_SIZE
+    config.llama.adaptive &= variant.adaptive
+    config.abstractor.n_query = variant.n_query
+    owl = Owl(config)
+    if variant.patches:
+        owl.abstractor = Patches(config.abstractor)
+    return owl
+
+
 def start_model(language: Path, vision: Path, variant: Variant, seed: int) -> Owl:
     """The given language model and vision tower, with an abstractor of random weights.
 
     The image half of the modality-adaptive module is a copy of the text half, as stage 0 leaves it.
     """
-    config = PRESETS[f"tiny-{variant.style}"]()
-    words, sight = load_model(language), load_model(vision)
-    config.llama = words.config.llama
-    config.llama.adaptive &= variant.adaptive
-    config.abstractor.n_query = variant.n_query
     torch.manual_seed(seed)
-    model = Owl(config).init_weights()
-    model.vit.load_state_dict(sight.vit.state_dict())
+    owl = make_owl(variant).init_weights()
+    words, sight = load_model(language), load_model(vision)
+    owl.vit.load_state_dict(sight.vit.state_dict())
     state = words.llama.state_dict()
-    if not config.llama.adaptive:
+    if not owl.config.llama.adaptive:
         state = {key.replace(".multiway.0.", "."): value for key, value in state.items() if ".multiway.1." not in key}
-    model.llama.load_state_dict(state)
-    model.tokenizer_folder = words.tokenizer_folder
-    return model
+    owl.llama.load_state_dict(state)
+    owl.tokenizer_folder = words.tokenizer_folder
+    return owl
 
 
 # --- numbers ------------------------------------------------------------------------------------------

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 import runs  # noqa: E402
+from answer import ask  # noqa: E402
+from data.image import load_image, to_pixels  # noqa: E402
 from data.text import Tokenizer  # noqa: E402
 from model import PRESETS, Owl  # noqa: E402
 from runs import Lab, Variant  # noqa: E402
@@ -97,17 +100,43 @@ def test_a_model_without_the_module_is_saved_and_loaded(given, tmp_path):
     assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
+def test_patches_are_image_words(given, tmp_path):
+    """Through one Linear, without the class token; and read back by what evaluates and trains them."""
+    variant = Variant(n_query=64, patches=True)
+    owl = runs.start_model(given / "language", given / "vision", variant, seed=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    words = owl.encode_images(images)
+    assert words.shape == (2, owl.config.image_words, 128)
+    weight, bias = owl.abstractor.fc.weight, owl.abstractor.fc.bias
+    expected = owl.vit(images)[:, 1:] @ weight.T + bias
+    assert torch.allclose(words[:, :-1], expected, atol=1e-5)
+    assert torch.equal(words[1, -1], owl.abstractor.eos[0, 0])
+
+    save_model(owl, tmp_path / "owl")
+    Image.new("RGB", (64, 64), (200, 30, 90)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    script = [sys.executable, ROOT / "experiments" / "patches.py", "evaluate.py"]
+    flags = ["--weights", "owl", "--data", "a.json", "--out", "answers.jsonl", "--max-new-tokens", "4"]
+    done = subprocess.run([*script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pixels = to_pixels(load_image(tmp_path / "a.png"), 64, "square")
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())["answer"]
+    assert [answer] == ask(owl, Tokenizer(TOKENIZER), ["<image>what?"], [pixels], 4)
+
+
 def test_every_variant_has_a_name_of_its_own():
     choices = {
         "style": ("owl2", "owl1"),
         "n_query": (8, 4),
+        "patches": (False, True),
         "image_size": (64, 32),
         "adaptive": (True, False),
         "vit": tuple(runs.VIT),
         "data": tuple(runs.DATA),
         "lora": (False, True),
     }
-    variants = [Variant(*values) for values in itertools.product(*choices.values())]
+    variants = [Variant(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
     assert len({variant.stage2 for variant in variants}) == len(variants)
     # ... and stage 1 is shared by those that differ in stage 2 alone
     assert len({variant.stage1 for variant in variants}) == len(variants) / len(runs.DATA) / 2
