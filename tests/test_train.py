@@ -266,6 +266,16 @@ def test_stage_2_trains_adapters_in_owl1_and_everything_in_owl2():
     assert all(".lora_" in name for name in trained_names(official))
 
 
+@pytest.mark.parametrize("stage", (train_stage1, train_stage2))
+def test_a_frozen_vit_is_not_trained(stage):
+    arguments = () if stage is train_stage1 else (0, 32.0, 0.05, False)
+    everything, rest = Owl(tiny("owl2")), Owl(tiny("owl2"))
+    stage.choose_trained(everything, *arguments)
+    stage.choose_trained(rest, *arguments, freeze_vit=True)
+    assert trained_names(rest) == {name for name in trained_names(everything) if not name.startswith("vit.")}
+    assert any(name.startswith("vit.") for name in trained_names(everything))
+
+
 def test_the_optimizer_gives_each_parameter_its_rate_and_decay():
     """Layer-wise rates in the ViT, no decay for norms and biases, nothing that is frozen."""
     owl = Owl(tiny("owl2"))
