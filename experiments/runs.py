@@ -19,6 +19,7 @@ printed, and NAME.run.json, the command. What was stopped or killed goes on wher
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -225,7 +226,12 @@ class Lab:
     def run(self, variants: list[Variant], tests: tuple[str, ...] = ("test", "text_test")) -> None:
         """All runs of all seeds. Raises ValueError, OSError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.all([partial(self.chain, variant, seed, tests) for seed in self.seeds for variant in variants])
+        with open(self.out / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another experiment is at work in {self.out}: wait for it") from None
+            self.all([partial(self.chain, variant, seed, tests) for seed in self.seeds for variant in variants])
 
     def rows(self, variant: Variant, seed: int, test: str) -> list[dict]:
         """The answers of a test, and what evaluate.py wrote beside each."""

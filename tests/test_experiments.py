@@ -194,6 +194,13 @@ def test_the_first_failure_stops_the_others(lab):
     assert notes and not any(json.loads(note.read_text())["done"] for note in notes)
 
 
+def test_one_experiment_at_a_time(lab, monkeypatch):
+    other = Lab(argparse.Namespace(out=lab.out, jobs=1, seeds=1, images=60, scale=1))
+    with pytest.raises(ValueError, match="another experiment is at work in .*: wait for it"):
+        monkeypatch.setattr(lab, "chain", lambda *_: other.run([Variant()]))
+        lab.run([Variant()])
+
+
 @pytest.mark.parametrize("flags", [["--seeds", "0"], ["--jobs", "0"], ["--scale", "0"], ["--scale", "nan"]])
 def test_mistakes_are_one_sentence(flags, tmp_path):
     command = [sys.executable, ROOT / "experiments" / "queries.py", "--out", tmp_path, *flags]
