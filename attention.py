@@ -1,139 +1,134 @@
-"""Pictures of attention: where the abstractor's queries look, and what each word of an answer attends to.
+"""Pictures of attention: which image words an answer attends to, and where the queries that wrote those look.
 
     python sample.py --image x.jpg --prompt "What is this?" --show-attention looks.png
 
-The model reads the prompt and its answer once more, and at two places the probabilities that its attention never
-writes down are computed from what the attention is given, softmax(q k^T), and averaged over the heads:
+The model reads the prompt and its answer once more. All its attention is F.scaled_dot_product_attention, which is
+watched: what a call is given is enough to compute softmax(q k^T), which the call keeps to itself. Two are of interest:
 
-    the abstractor's last layer                       each layer of the decoder, then the mean of the layers
-    query -> queries, class token, patches            position that said a token -> all positions up to it
-    looks [N, n_query, n_query + 1 + P]               attends [n_answer, T]
-        |                                                 |
-        |                                                 +-- image's n_query + 1 words, summed: its share, a bar
-        |                                                 +-- the first n_query: [n_query]
-        +-- the patches: [n_query, P] ------ times ------------'
-        v                                      v
-    maps of a few queries                  map of a word [P]     --on_photo--> heat over the photo [height, width]
+    the abstractor's last layer, mean over heads        the decoder's layers, mean over heads and layers
+    each query -> all queries, class token, patches     position that said a token -> all positions up to it
+    looks [N, n_query, n_query + 1 + P]                 attends [n_answer, T]
+        |                                                   |
+        | the patches' columns                              | the columns of an image's words, mean over a word's tokens
+        v                                                   v
+    a look for each query [n_query, P]                  a word's attention to them [n_query + 1]
+        |                                                   |  all but the last, which no query wrote
+        +---------------------- product --------------------+
+                                   v
+                         a look for each word [P]
 
-What a word attends to are image words, not patches; its map follows these to the patches that their queries look at.
-Each map is as bright as its own brightest patch lets it: how much there is in all, the bar below says. What was cut
-off by the fit "crop" is nearly black.
+Looks are laid over the photo as its fit (data/image.py) showed it to the model: with the bars of "pad", and without
+what "crop" cuts off.
 
 Attention is not an explanation. The vision tower's tokens know of their whole image already, and a query has looked in
-each layer before the one that is drawn. (Pillow's font, which the words are written in, has hardly more than ASCII.)
+each layer before the one that is drawn.
 """
 
-from contextlib import ExitStack
-from typing import NamedTuple
+import math
+import textwrap
+import unicodedata
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-import abstractor
-import llama
-from data.image import resize
+from data.image import fit_to_square, resize
 from data.text import Tokenizer
 from model import IMAGE_ID, Owl
 
 N_COLUMN = 7  # the photo and six queries; or seven words
 N_WORD = 4 * N_COLUMN  # words of the answer that are drawn, the first ones
-TILE = 190  # pixels of a tile's longer edge
-GAP = 10  # pixels
-LINE = 20  # pixels of a line of text
-INK = (40, 40, 40)
-PALE = (225, 225, 225)
-COLOURS = ((0, 0, 0), (120, 20, 110), (225, 60, 60), (255, 160, 40), (255, 250, 170))  # from cold to hot
+LITTLE = 0.01  # a look of which less than this is on patches is drawn cold
+TILE, GAP, LINE = 192, 10, 18  # pixels: a tile's longer edge, what is between two, a line of text
+FONT = ImageFont.load_default(size=13)
+RED = (225, 60, 60)
+FOOTER = (
+    "A query is a learned question that gathers something from the image's patches (the little squares) and writes one "
+    "image word; image words are all that the language model knows of the image.",
+    "The class token is the vision tower's summary of the whole image: what a query takes from it, or from the other "
+    "queries, has no place in the photo and is not drawn.",
+    "Each tile has its own scale (its hottest patch, or an even look at all patches if that is more), and is cold if "
+    f"less than {LITTLE:.0%} is on patches: compare tiles by their bars, which show the first number below them.",
+)
 
 
 # --- the probabilities -------------------------------------------------------------------------------
 
 
-def abstractor_attention(attn: abstractor.CrossAttention, queries: Tensor, image: Tensor) -> Tensor:
-    """What attn(queries, image) weighs its values with: [N, n_head, Q, Q + 1 + P] float32.
+class Watch(TorchFunctionMode):
+    """While it is entered, computes what attention keeps to itself, for one forward pass without a cache.
 
-    queries: [N, Q, C], image: [N, 1 + P, C]. The last axis: the queries, the class token, the patches row by row.
+    The calls come in order: one for each layer of the vision tower, then of the abstractor, then of the decoder.
     """
-    q_in, k_in = queries, torch.cat([queries, image], dim=1)
-    if attn.has_positions:
-        q_pos, k_pos = attn.q_pos.to(k_in.dtype), attn.k_pos.to(k_in.dtype)
-        q_in = q_in + q_pos
-        k_in = k_in + torch.cat([q_pos, k_pos])
-    head_dim = queries.shape[-1] // attn.n_head
-    q, k = heads(attn.q(q_in), head_dim).float(), heads(attn.k(k_in), head_dim).float()
-    return (q @ k.transpose(2, 3) * head_dim**-0.5).softmax(dim=-1)
+
+    def __init__(self, model: Owl, first: int):
+        super().__init__()
+        self.n_vision = len(model.vit.blocks) + len(model.abstractor.layers)  # calls before the decoder's
+        self.n_call = 0
+        self.first = first  # the decoder's position from which on it is of interest
+        self.looks: Tensor | None = None
+        self.attends: Tensor | int = 0  # summed over the decoder's layers
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.n_call += 1
+            q, k, _ = args
+            if self.n_call == self.n_vision:
+                self.looks = probabilities(q, k)
+            elif self.n_call > self.n_vision:
+                self.attends += probabilities(q, k, self.first, kwargs["is_causal"])[0]
+        return function(*args, **kwargs)
 
 
-def decoder_attention(attn: llama.Attention, x: Tensor, view: llama.View, split: llama.Split, first: int) -> Tensor:
-    """What attn(x, view, split, None) weighs its values with, from position `first` on: [n_head, T - first, T] float32.
+def probabilities(q: Tensor, k: Tensor, first: int = 0, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) of the positions from `first` on, the mean over heads: [N, T - first, U] float32.
 
-    x: [1, T, C], some of it image words.
+    q: [N, n_head, T, D]; k: [N, n_kv_head, U, D], each of whose heads serves several of q's.
     """
-    config = attn.config
-    k = attn.k_proj(split.sort(x), split) if config.adaptive else attn.k_proj(x)
-    q = heads(attn.q_proj(x), config.head_dim)
-    k = heads(k, config.head_dim).repeat_interleave(config.n_head // config.n_kv_head, dim=1)
-    q, k = (llama.rotate(each, view.cos, view.sin)[0].float() for each in (q, k))  # [n_head, T, head_dim]
-    scores = q[:, first:] @ k.transpose(1, 2) * config.head_dim**-0.5
-    position = torch.arange(x.shape[1], device=x.device)
-    return scores.masked_fill(position > position[first:, None], -torch.inf).softmax(dim=-1)
-
-
-def heads(x: Tensor, head_dim: int) -> Tensor:
-    """[N, T, C] to [N, C / head_dim, T, head_dim]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    q = q[:, :, first:].float()  # before the product, which for all T of a 7B's positions would be gigabytes
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if is_causal:
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(first + 1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores.softmax(dim=-1).mean(dim=1)
 
 
 @torch.inference_mode()
 def look(model: Owl, ids: list[int], said: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reads a prompt and its answer, and watches the attention: the means over heads, and over the decoder's layers.
+    """Reads a prompt and its answer, and says where the attention went: (looks, attends), float32 on the CPU.
 
     ids: the prompt, its images expanded, one at least. said: the answer's tokens, one at least. images: [N, 3, S, S].
-    Returns (looks [N, n_query, n_query + 1 + P], attends [len(said), T]), float32 on the CPU, where T is
-    len(ids) + len(said) - 1: the last token is said, but not read. Row i of attends is of the position that said
-    token i, the one before it. Raises ValueError if the images are of another size or number than ids has places for.
+    looks: [N, n_query, n_query + 1 + P], of the abstractor's last layer, the mean over heads.
+    attends: [len(said), T], the mean over heads and the decoder's layers. Row i is position len(ids) - 1 + i, the one
+    that said token i. T is len(ids) + len(said) - 1: the last token is said, but not read.
+    Raises ValueError if the images are of another size or number than ids has places for.
     """
-    looks: list[Tensor] = []
-    attends = torch.zeros(())
-    first = len(ids) - 1  # the position that says the answer's first token
-
-    def watch_abstractor(attn: abstractor.CrossAttention, inputs: tuple) -> None:
-        looks.append(abstractor_attention(attn, *inputs).mean(dim=1))
-
-    def watch_decoder(attn: llama.Attention, inputs: tuple) -> None:
-        nonlocal attends  # summed layer by layer, so that no more than one layer's heads are ever held
-        x, view, split, _ = inputs
-        attends = attends + decoder_attention(attn, x, view, split, first).mean(dim=0).cpu()
-
-    with ExitStack() as hooks:
-        last = model.abstractor.layers[-1].attn
-        hooks.callback(last.register_forward_pre_hook(watch_abstractor).remove)
-        for layer in model.llama.layers:
-            hooks.callback(layer.self_attn.register_forward_pre_hook(watch_decoder).remove)
-        device = model.llama.embed_tokens.weight.device
-        model(torch.tensor([[*ids, *said[:-1]]], device=device), images.to(device))
-    return looks[0].cpu(), attends / len(model.llama.layers)
-
-
-# --- what is drawn -----------------------------------------------------------------------------------
+    device = model.llama.embed_tokens.weight.device
+    with Watch(model, len(ids) - 1) as watch:
+        model(torch.tensor([ids + said[:-1]], device=device), images.to(device))
+    return watch.looks.cpu(), watch.attends.cpu() / len(model.llama.layers)
 
 
 def words_of(said: list[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
     """The words of an answer, each with the places in `said` of the tokens that wrote it.
 
-    Tokens that write nothing but space, or nothing at all like </s>, belong to no word.
+    Tokens that write only space, or bytes of one, or nothing at all like </s>, belong to no word.
     """
-    words = tokenizer.decode(said).split()
-    places: list[list[int]] = [[] for _ in words]
-    before = ""
+    answer = tokenizer.decode(said)
+    words: list[tuple[str, list[int]]] = [(word, []) for word in answer.split()]
+    text, n_whole = "", 0
     for i in range(len(said)):
+        before, begin = text, n_whole
         text = tokenizer.decode(said[: i + 1])
-        n_word = len(text.split())
-        if text != before and not text[-1].isspace() and n_word <= len(words):
-            places[n_word - 1].append(i)
-        before = text
-    return [(word, place) for word, place in zip(words, places) if place]
+        n_whole = max(begin, len(text.rstrip("\ufffd")))  # the first bytes of a character decode to these
+        end = n_whole if n_whole > begin else begin + 1  # a byte alone belongs to the letter that it begins
+        if text != before and answer[begin:end].strip():
+            words[len(answer[:end].split()) - 1][1].append(i)
+    return words
 
 
 def by_word(
@@ -143,140 +138,121 @@ def by_word(
 
     ids, said, attends: what look takes and returns. image_words: of each image, n_query + 1.
     """
-    places = torch.tensor([place for place, token in enumerate(ids) if token == IMAGE_ID]).view(-1, image_words)
-    return [(word, attends[tokens].mean(dim=0)[places]) for word, tokens in words_of(said, tokenizer)]
+    places = [place for place, token in enumerate(ids) if token == IMAGE_ID]
+    to_images = attends[:, places].view(len(said), -1, image_words)
+    return [(word, to_images[tokens].mean(dim=0)) for word, tokens in words_of(said, tokenizer)]
 
 
-def choose(maps: Tensor, n: int) -> list[int]:
-    """The n queries that differ most, in order. maps: [n_query, P]; distances are sums of absolute differences.
-
-    The first is the one farthest from the mean, each next the one whose nearest among the chosen is farthest off.
-    """
-    chosen = [int((maps - maps.mean(dim=0)).abs().sum(dim=1).argmax())]
-    distance = torch.cdist(maps, maps, p=1)  # [n_query, n_query]
-    while len(chosen) < min(n, len(maps)):
-        nearest = distance[chosen].amin(dim=0)
-        nearest[chosen] = -1
-        chosen.append(int(nearest.argmax()))
-    return sorted(chosen)
+# --- the page ----------------------------------------------------------------------------------------
 
 
-def seen_box(width: int, height: int, size: int, fit: str) -> tuple[float, float, float, float]:
-    """Where the square that the model sees lies: (left, top, right, bottom) in the pixels of a photo width x height.
-
-    It undoes data/image.py's fit_to_square: with "pad" the box is larger than the photo, with "crop" smaller.
-    """
-    if fit in ("stretch", "square"):
-        return 0, 0, width, height
-    if fit == "pad":
-        longer = max(width, height)
-        left, top = (longer - width) // 2, (longer - height) // 2
-        return -left, -top, longer - left, longer - top
-    new_width = int(width * size / min(width, height))
-    new_height = int(height * size / min(width, height))
-    left, top = (new_width - size) // 2, (new_height - size) // 2
-    across, down = width / new_width, height / new_height
-    return left * across, top * down, (left + size) * across, (top + size) * down
+def seen(photo: Image.Image, fit: str) -> Image.Image:
+    """What the model saw of a photo, but not stretched."""
+    if fit in ("pad", "crop"):
+        return fit_to_square(photo, TILE, fit)
+    scale = TILE / max(photo.size)
+    return resize(photo, *(max(1, round(edge * scale)) for edge in photo.size))
 
 
-def on_photo(
-    grid: np.ndarray, box: tuple[float, float, float, float], photo: tuple[int, int], out: tuple[int, int]
-) -> np.ndarray:
-    """Lays values of patches, [G, G], over a photo of size (width, height): float32 [out height, out width].
-
-    box: of seen_box. A patch keeps its edges, so that what is seen is what there is; outside the box is nan.
-    """
-    left, top, right, bottom = box
-    across, down = grid.shape[1] / (right - left), grid.shape[0] / (bottom - top)
-    extent = (-left * across, -top * down, (photo[0] - left) * across, (photo[1] - top) * down)
-    values = Image.fromarray(grid.astype(np.float32))
-    laid = values.transform(out, Image.Transform.EXTENT, extent, Image.Resampling.NEAREST, fillcolor=np.nan)
-    return np.asarray(laid)
+def photo_tile(title: str, photo: Image.Image, fit: str) -> Image.Image:
+    """The whole photo, and in a frame what "crop" left of it."""
+    small = seen(photo, "stretch")
+    if fit != "crop":
+        return tile(title, small, f"fit: {fit}")
+    kept = min(small.size)
+    left, top = (small.width - kept) // 2, (small.height - kept) // 2
+    ImageDraw.Draw(small).rectangle((left, top, left + kept - 1, top + kept - 1), outline=RED, width=2)
+    return tile(title, small, "fit: crop\n(the frame: what it left)")
 
 
-def heated(photo: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A photo in greys, with heat [height, width], 0 to 1, glowing over it; nearly black where it is nan."""
-    grey = np.asarray(photo.convert("L"), dtype=np.float32)[..., None] * np.where(np.isnan(heat), 0.15, 0.75)[..., None]
-    heat = np.nan_to_num(heat)
-    steps = np.linspace(0, 1, len(COLOURS))
-    colour = np.stack([np.interp(heat, steps, channel) for channel in zip(*COLOURS)], axis=-1)
-    opacity = 0.8 * np.sqrt(heat)[..., None]
-    return Image.fromarray((grey * (1 - opacity) + colour * opacity).round().astype(np.uint8))
+def look_tile(title: str, small: Image.Image, patches: Tensor, whole: float, notes: str, bar: float) -> Image.Image:
+    """small: of seen. patches: [P], what each patch has of `whole`; the rest of that is on none. Others: as in tile."""
+    P = len(patches)
+    heat = patches / max(float(patches.max()), whole / P)
+    if patches.sum() < LITTLE:
+        heat = torch.zeros(P)  # or noise would glow
+        notes += "\ntoo little on patches: cold"
+    return tile(title, heated(small, heat.view(math.isqrt(P), -1)), notes, bar)
 
 
-# --- the picture -------------------------------------------------------------------------------------
-
-
-class Tile(NamedTuple):
-    title: str
-    picture: Image.Image
-    share: float | None = None  # 0 to 1: the bar below the picture
-    note: str = ""  # what the bar says
+def heated(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """A picture in greys, none of them dark, and over it the heat of patches, [rows, columns], 0 to 1."""
+    hot = Image.fromarray((255 * heat).byte().numpy()).resize(picture.size, Image.Resampling.NEAREST)
+    grey = picture.convert("L").point(lambda value: 90 + 0.45 * value).convert("RGB")
+    colour = ImageOps.colorize(hot, black="#40007a", mid="#f06030", white="#ffff70")
+    return Image.composite(colour, grey, hot.point(lambda value: 0.8 * (255 * value) ** 0.5))
 
 
 def draw(
-    photos: list[Image.Image], fit: str, image_size: int, looks: Tensor, words: list[tuple[str, Tensor]]
+    headings: list[str], photos: list[Image.Image], fit: str, looks: Tensor, words: list[tuple[str, Tensor]]
 ) -> Image.Image:
-    """The picture: for each image of the prompt a row of queries, and below it rows of words.
+    """The page: headings, for each image of the prompt a row of queries and rows of words, and how to read them.
 
-    photos: upright RGB, in the prompt's order. fit: how each became the square of image_size pixels that the model saw.
+    photos: upright RGB, in the prompt's order. fit: how each became the square that the model saw.
     looks: of look. words: of by_word.
     """
     n_query = looks.shape[1]
-    rows: list[str | list[Tile]] = []
+    strip = heated(Image.new("RGB", (TILE, LINE // 2), "grey"), torch.linspace(0, 1, TILE)[None])
+    rows = [[text(line)] for line in [*headings, "colours: none to a tile's most"]] + [[strip]]
     for i, photo in enumerate(photos):
-        box = seen_box(*photo.size, image_size, fit)
-        scale = TILE / max(photo.size)
-        small = resize(photo, *(max(1, round(edge * scale)) for edge in photo.size))
+        queries = [photo_tile(f"image {i + 1} of {len(photos)}", photo, fit)]
+        if not words:
+            rows += [[text("The answer has no words: there is none that attended to the image.")], queries]
+            continue
+        small = seen(photo, fit)
         maps = looks[i, :, n_query + 1 :]  # [n_query, P]
-
-        def tile(title: str, patches: Tensor, share: Tensor, note: str) -> Tile:
-            heat = (patches / patches.max().clamp(min=1e-30)).view(round(len(patches) ** 0.5), -1).numpy()
-            glowing = heated(small, on_photo(heat, box, photo.size, small.size))
-            return Tile(title, glowing, float(share), f"{float(share):.1%} {note}")
-
-        queries = [Tile(f"{photo.width} x {photo.height}, {fit}", small)]
-        for q in choose(maps, N_COLUMN - 1):
-            class_token = float(looks[i, q, n_query])
-            queries.append(tile(f"query {q}", maps[q], maps[q].sum(), f"patches, {class_token:.1%} class"))
-        many = f"the {len(queries) - 1} of {n_query} queries that differ most"
-        first = f"the answer's first {N_WORD} of {len(words)} words" if len(words) > N_WORD else "the answer's words"
-        here = f"image {i + 1} of {len(photos)}: " if len(photos) > 1 else ""
-        last = "in the abstractor's last layer, mean over heads; bars: how much of that goes to patches"
-        rows += [f"{here}where {many} look ({last})", queries]
-        mean = "mean over layers and heads; bars: how much of that goes to this image"
-        rows += [f"{here}where {first} look, by way of the queries ({mean})"]
-        tiles = [tile(word, share[i, :-1] @ maps, share[i].sum(), "on this image") for word, share in words[:N_WORD]]
+        answer = sum(attention[i] for _, attention in words)  # [n_query + 1]
+        answer = (answer / answer.sum()).nan_to_num()  # which part of its look at this image each image word has
+        for q in answer[:-1].topk(min(N_COLUMN - 1, n_query)).indices.tolist():
+            others, class_token = looks[i, q, :n_query].sum(), looks[i, q, n_query]
+            notes = f"{answer[q]:.1%} of the answer's look\nits own: {maps[q].sum():.0%} on patches,\n"
+            notes += f"{class_token:.0%} class token, {others:.0%} queries"
+            queries.append(look_tile(f"query {q}", small, maps[q], 1, notes, float(answer[q])))
+        tiles = []
+        for word, attention in words[:N_WORD]:
+            on_image = float(attention[i].sum())
+            patches = attention[i, :-1] @ maps  # [P]
+            notes = f"{on_image:.1%} on this image's words,\nthrough them {patches.sum():.1%} on patches"
+            tiles.append(look_tile(word, small, patches, on_image, notes, on_image))
+        title = f"Queries whose image words the answer attends to most ({len(queries) - 1} of {n_query}): where they "
+        title += f"look. The image's last word, which no query wrote, has {answer[-1]:.1%} of the answer's look."
+        subtitle = f"The answer's words ({len(tiles)} of {len(words)}): where the queries look that each attends to."
+        rows += [[text("\n" + title)], queries, [text(subtitle)]]
         rows += [tiles[j : j + N_COLUMN] for j in range(0, len(tiles), N_COLUMN)]
-    return paint(rows)
+    return ImageOps.expand(laid_out([*rows, *([text(sentence)] for sentence in FOOTER)]), GAP, "white")
 
 
-def paint(rows: list[str | list[Tile]]) -> Image.Image:
-    """Rows of text, and of tiles of one height, from the top down on a white page."""
-    font = ImageFont.load_default(size=14)
-    heights = [LINE if isinstance(row, str) else row[0].picture.height + 3 * LINE for row in rows]
-    page = Image.new("RGB", (GAP + N_COLUMN * (TILE + GAP), 2 * GAP + sum(heights)), "white")
-    pen = ImageDraw.Draw(page)
+def tile(title: str, picture: Image.Image, notes: str, bar: float = 0) -> Image.Image:
+    """A picture with a title above; below it a bar, of a length from 0 to 1, and lines of notes."""
+    stripe = Image.new("RGB", (TILE, 12), "white")
+    stripe.paste(RED, (0, 3, round(bar * TILE), 9))
+    return laid_out([[text(title, TILE + GAP)], [picture], [stripe], [text(notes + "\n", TILE + GAP)]])
 
-    def write(x: int, y: int, text: str, width: int) -> None:
-        short = text
-        while font.getlength(short) > width:
-            short = short.removesuffix("…")[:-1] + "…"
-        pen.text((x, y), short, INK, font)
 
-    y = GAP
+def text(words: str, width: int = N_COLUMN * (TILE + GAP)) -> Image.Image:
+    lines = [line for part in plain(words).split("\n") for line in textwrap.wrap(part, width // 6) or [""]]
+    picture = Image.new("RGB", (width, LINE * len(lines)), "white")
+    for n, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((0, n * LINE), line, "black", FONT)
+    return picture
+
+
+def plain(words: str) -> str:
+    """Words without accents, and with a ? for each letter that the font still has not."""
+    missing = bytes(FONT.getmask("\uffff"))
+    letters = [letter for letter in unicodedata.normalize("NFD", words) if not unicodedata.combining(letter)]
+    return "".join("?" if letter != "\n" and bytes(FONT.getmask(letter)) == missing else letter for letter in letters)
+
+
+def laid_out(rows: list[list[Image.Image]]) -> Image.Image:
+    """Rows of pictures, one below the other, on white."""
+    heights = [max(each.height for each in row) for row in rows]
+    page = Image.new("RGB", (max(sum(each.width for each in row) for row in rows), sum(heights)), "white")
+    y = 0
     for row, height in zip(rows, heights):
-        if isinstance(row, str):
-            write(GAP, y, row, page.width - 2 * GAP)
-        else:
-            for i, (title, picture, share, note) in enumerate(row):
-                x = GAP + i * (TILE + GAP)
-                write(x, y, title, TILE)
-                page.paste(picture, (x, y + LINE))
-                bar = y + LINE + picture.height + 6
-                if share is not None:
-                    page.paste(PALE, (x, bar, x + TILE, bar + 6))
-                    page.paste(COLOURS[2], (x, bar, x + round(share * TILE), bar + 6))
-                    write(x, bar + 8, note, TILE)
+        x = 0
+        for each in row:
+            page.paste(each, (x, y))
+            x += each.width
         y += height
     return page

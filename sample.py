@@ -281,8 +281,9 @@ def compile_step(model: Owl, args: argparse.Namespace) -> None:
 class Conversation:
     """What was said and shown so far.
 
-    messages: questions and answers in turn. images: those in the messages, in order, [3, S, S] each.
-    waiting: those that come with the next question. cache: what the model keeps of the tokens it has read, `read`.
+    messages: questions and answers in turn. images: those in the messages, in order, [3, S, S] each. waiting: those
+    that come with the next question. photos, waiting_photos: the same images small and upright, for people to look at.
+    cache: what the model keeps of the tokens it has read, `read`.
     """
 
     def __init__(self, config: OwlConfig, tokenizer: Tokenizer, fit: str):
@@ -295,6 +296,8 @@ class Conversation:
         self.messages: list[str] = []
         self.images: list[Tensor] = []
         self.waiting: list[Tensor] = []
+        self.photos: list[Image] = []
+        self.waiting_photos: list[Image] = []
         self.cache: Cache | None = None
         self.read: list[int] = []
 
@@ -302,7 +305,10 @@ class Conversation:
         """Adds an image to the next question. Raises ValueError for a file that cannot be shown."""
         from data.image import load_image, to_pixels
 
-        self.waiting.append(to_pixels(load_image(path), self.config.image_size, self.fit))
+        photo = load_image(path)
+        self.waiting.append(to_pixels(photo, self.config.image_size, self.fit))
+        photo.thumbnail((512, 512))  # in place; a long chat is not to hold all its photos whole
+        self.waiting_photos.append(photo)
 
     def ask(self, question: str) -> list[int]:
         """Adds a question with its images. Returns the whole conversation as ids.
@@ -317,9 +323,7 @@ class Conversation:
         n_mark = len(IMAGE_MARK.findall(question))
         if n_mark > len(self.waiting):
             raise ValueError(f"the image marks in the prompt ({n_mark}) are more than its images ({len(self.waiting)})")
-        marked = self.waiting[:n_mark]
-        leftover = self.waiting[n_mark:]
-        question = "<image>" * len(leftover) + question
+        question = "<image>" * (len(self.waiting) - n_mark) + question
 
         short_ids = render_prompt([*self.messages, question, None], self.tokenizer, self.config.style)
         ids, _ = expand_images(short_ids, None, self.config.image_words)
@@ -330,8 +334,10 @@ class Conversation:
                 "(in a chat, /reset starts afresh)"
             )
         self.messages += [question, ""]
-        self.images += leftover + marked
-        self.waiting = []
+        # Those without a mark come first.
+        self.images += self.waiting[n_mark:] + self.waiting[:n_mark]
+        self.photos += self.waiting_photos[n_mark:] + self.waiting_photos[:n_mark]
+        self.waiting, self.waiting_photos = [], []
         return ids
 
     def answered(self, text: str) -> None:
@@ -405,20 +411,25 @@ def answer(model: Owl, conversation: Conversation, ids: list[int], args: argpars
 
 
 def show_attention(
-    model: Owl, conversation: Conversation, ids: list[int], said: list[int], photos: list[Image], path: Path
+    model: Owl, conversation: Conversation, ids: list[int], said: list[int], folder: Path, path: Path
 ) -> None:
-    """Draws where the answer `said` to the prompt `ids` looked. photos: those of the conversation's images."""
+    """Draws into `path` where the answer `said` to the prompt `ids` looked. folder: the model's."""
     import torch
 
     import attention
 
     looks, attends = attention.look(model, ids, said, torch.stack(conversation.images))
     words = attention.by_word(attends, ids, said, conversation.tokenizer, model.config.image_words)
-    picture = attention.draw(photos, conversation.fit, model.config.image_size, looks, words)
+    prompt, text = conversation.messages
+    headings = [f"prompt: {prompt}", f"answer: {text}", f"model: {folder}"]
+    picture = attention.draw(headings, conversation.photos, conversation.fit, looks, words)
     try:
         picture.save(path)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror or error}")
+    letters = "".join("".join(headings).split())
+    if attention.plain(letters) != letters:
+        notice("Letters that the picture's font lacks are drawn without their accent, or as ?.")
     notice(f"wrote {path}")
 
 
@@ -494,8 +505,8 @@ def obey(conversation: Conversation, line: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     import quantize
-    from data.image import DEFAULT_FIT, load_image
-    from data.text import IMAGE_MARK, Tokenizer
+    from data.image import DEFAULT_FIT
+    from data.text import Tokenizer
     from weights import read_config, read_quantization
 
     folder = args.weights or TINY
@@ -513,9 +524,6 @@ def main(argv: list[str] | None = None) -> None:
             conversation.show(path)
         if args.prompt is not None:
             ids = conversation.ask(args.prompt)
-        if args.show_attention is not None:
-            n_mark = len(IMAGE_MARK.findall(args.prompt))  # images without a mark come first
-            photos = [load_image(path) for path in args.image[n_mark:] + args.image[:n_mark]]
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device, config, bool(args.quantize or read_quantization(folder)))
         model = load(args, folder, device, dtype)
@@ -540,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         said = answer(model, conversation, ids, args)
         if args.show_attention is not None:
-            show_attention(model, conversation, ids, said, photos, args.show_attention)
+            show_attention(model, conversation, ids, said, folder, args.show_attention)
 
 
 if __name__ == "__main__":
