@@ -1,4 +1,4 @@
-"""From questions to answers: a batch at a time, each image encoded once for all that is asked about it.
+"""From questions to answers, a batch at a time; those on the same images are neighbours, and share what is encoded.
 
     questions --deal--> this process' conversations (most are of one question), those on the same images together
                           | answers, batch by batch
@@ -13,11 +13,14 @@ processes. (Only where two words were equally likely up to rounding could it dif
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from data.image import load_image
 from data.text import IMAGE_MARK, Tokenizer, expand_images, render_prompt
 from decode import ahead
 from model import Owl
@@ -37,10 +40,10 @@ def n_mark(question: Said) -> int:
     return len(IMAGE_MARK.findall("".join(question)))
 
 
-def prompt_of(question: Said, model: Owl, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a question. ValueError if they outgrow the model's context."""
+def prompt_of(question: Said, model: Owl, tokenizer: Tokenizer, space: bool = False) -> list[int]:
+    """The ids of a question. space: as in render_prompt. ValueError if they outgrow the model's context."""
     messages = [question] if isinstance(question, str) else question
-    ids = render_prompt([*messages, None], tokenizer, model.config.style)
+    ids = render_prompt([*messages, None], tokenizer, model.config.style, space)
     ids, _ = expand_images(ids, None, model.config.image_words)
     if len(ids) > model.config.llama.context:
         context = model.config.llama.context
@@ -65,13 +68,16 @@ def ask(
     images: list[Tensor],
     max_new_tokens: int,
     min_new_tokens: int = 0,
+    space: bool = False,
 ) -> list[str]:
     """Answers a batch of questions greedily.
 
     images: those that the questions mark, in order: [3, S, S] each, or [n_word, n_embd] of encode_images.
+    space: as in render_prompt.
     """
-    ids, shown, lengths = padded([prompt_of(question, model, tokenizer) for question in questions], images, model)
-    steps = model.generate(ids, shown, lengths, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+    prompts = [prompt_of(question, model, tokenizer, space) for question in questions]
+    ids, pictures, lengths = padded(prompts, images, model)
+    steps = model.generate(ids, pictures, lengths, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
     texts = []
     for answer in torch.stack(list(steps), dim=1).tolist():  # [B, steps]
         if tokenizer.eos_id in answer:
@@ -86,35 +92,48 @@ def choose(
 ) -> list[str]:
     """Of each question's choices the likeliest answer: that with the highest sum of log-probabilities. images: as ask.
 
-    A choice's last token is only foreseen, not read: letters have no other, and so share a row.
+    A choice's last token is only foreseen, not read. So "A", "B" and "C", of a token each, share a row, the prompt
+    alone; "the cat" and "the dog" share another, the prompt and "the".
     """
     rows, pictures, images = [], [], iter(images)
-    row, position, token, n_token = [], [], [], []
+    foreseen = []  # of each choice a list: (row, position, token foreseen there) of each of its tokens
     for question, texts in zip(questions, choices):
         prompt = prompt_of(question, model, tokenizer)
-        shown = [next(images) for _ in range(n_mark(question))]
-        row_of = {}
+        own = [next(images) for _ in range(n_mark(question))]
+        row_of = {}  # by what of a choice is read
         for piece in map(tokenizer.encode, texts):
             start = tuple(piece[:-1])
             if start not in row_of:
                 row_of[start] = len(rows)
                 rows.append(prompt + piece[:-1])
-                pictures += shown
-            row += [row_of[start]] * len(piece)
-            position += range(len(prompt) - 1, len(prompt) - 1 + len(piece))
-            token += piece
-            n_token.append(len(piece))
-    ids, shown, _ = padded(rows, pictures, model)
-    x, split = model._embed(ids, shown)
+                pictures += own
+            foreseen.append([(row_of[start], len(prompt) - 1 + i, token) for i, token in enumerate(piece)])
+    ids, pictures, _ = padded(rows, pictures, model)
+    x, split = model._embed(ids, pictures)
+    row, position, token = zip(*(spot for spots in foreseen for spot in spots))
     x = model.llama(x, split)[row, position]  # [all choices' tokens, n_embd]
     log_p = model.llama.lm_head(x).float().log_softmax(dim=-1)[range(len(token)), token]
-    sums = iter(part.sum().item() for part in log_p.cpu().split(n_token))
-    return [max(texts, key=lambda _: next(sums)) for texts in choices]
+    sums = iter(part.sum().item() for part in log_p.cpu().split([len(spots) for spots in foreseen]))
+    return [max(zip(texts, sums), key=lambda choice: choice[1])[0] for texts in choices]
 
 
 # --- all questions -----------------------------------------------------------------------------------
 
 Source = str | bytes  # an image: a path below the folder, or a file's content
+
+
+@contextmanager
+def opened(source: Source, folder: Path, id: str) -> Iterator[Image.Image]:
+    """An image, as load_image reads it, to work on.
+
+    ValueError, in one sentence that names the file (or the question of that id, where there is none), if it cannot be
+    read, or if the work itself ends in a ValueError.
+    """
+    try:
+        yield load_image(source if isinstance(source, bytes) else (folder / source).read_bytes())
+    except (ValueError, OSError) as error:
+        name = f"question {id!r:.80}" if isinstance(source, bytes) else folder / source
+        raise ValueError(f"{name}: {error}") from None
 
 
 def deal(questions: list[Question], known: dict[str, str], place: Place) -> list[list[Question]]:
@@ -141,13 +160,14 @@ def fitted(
     earlier turns, the first first, whose images then come with the next. ValueError if the question alone is too long.
     """
     *before, question = turns
-    marks = ""
+    marks = ""  # of the images of turns that have left
+    # what choose reads behind the prompt: a choice's tokens but the last
     n_more = max(len(tokenizer.encode(choice)) for choice in question.choices) - 1 if question.choices else 0
     while True:
         messages = [text for turn in before for text in (turn.prompt, IMAGE_MARK.sub(" ", known[turn.id]))]
         messages.append(question.prompt)
         messages[0] = marks + messages[0]
-        ids = render_prompt([*messages, None], tokenizer, model.config.style)
+        ids = render_prompt([*messages, None], tokenizer, model.config.style, question.space)
         length = len(ids) + (model.config.image_words - 1) * n_mark(messages)
         room = model.config.llama.context - length
         if room >= max(n_new, n_more) or not (before or question.shots):
@@ -165,14 +185,27 @@ def fitted(
 
 
 @torch.inference_mode()
-def encode(model: Owl, pixels: dict[Source, Future], words: dict[Source, Tensor]) -> dict[Source, Tensor]:
+def encode(model: Owl, pixels: dict[Source, Future], encoded: dict[Source, Tensor]) -> dict[Source, Tensor]:
     """A batch's images as words, [n_word, n_embd] each; those that the last batch had as well are there already."""
-    new = [source for source in pixels if source not in words]
-    words = {source: words[source] for source in pixels if source in words}
+    new = [source for source in pixels if source not in encoded]
+    encoded = {source: encoded[source] for source in pixels if source in encoded}
     if new:
         images = torch.stack([pixels[source].result() for source in new])
-        words |= zip(new, model.encode_images(images.to(model.llama.embed_tokens.weight)))
-    return words
+        encoded |= zip(new, model.encode_images(images.to(model.llama.embed_tokens.weight)))
+    return encoded
+
+
+@contextmanager
+def readers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read images."""
+    with warnings.catch_warnings():
+        # load_image changes this for a while, which threads might do at odds: so it is changed before and after, too.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        pool = ThreadPoolExecutor(N_READER)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def answers(
@@ -180,45 +213,49 @@ def answers(
     tokenizer: Tokenizer,
     conversations: list[list[Question]],
     known: dict[str, str],
-    read: Callable[[Source], Tensor],
+    broken: dict[Source, str],
+    read: Callable[[Source, str], Tensor],
     batch: int,
-    lengths: tuple[int, int],
+    limits: tuple[int, int],
 ) -> Iterator[tuple[list[Question], str]]:
     """Asks what is not known, `batch` conversations at a time, and adds it: yields (what stood in the prompt, answer).
 
-    read: an image's pixels, [3, S, S]. lengths: an answer's least and most tokens.
-    Raises ValueError, in one sentence, for images that cannot be read and prompts that do not fit.
+    read(image, a question's id): its pixels, [3, S, S]. limits: an answer's least and most tokens. A conversation with
+    an image that cannot be read is left out, and the reason, in one sentence, added to broken.
+    Raises ValueError, in one sentence, for prompts that do not fit.
     """
-    min_new_tokens, max_new_tokens = lengths
-    # load_image changes this for a while, which threads might do at odds.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    pool = ThreadPoolExecutor(N_READER)
+    min_new_tokens, max_new_tokens = limits
 
     def batches() -> Iterator[tuple[list[list[Question]], dict[Source, Future]]]:
         pixels = {}
         for start in range(0, len(conversations), batch):
             part = conversations[start : start + batch]
-            sources = dict.fromkeys(source for turns in part for turn in turns for source in turn.images)
-            pixels = {source: pixels.get(source) or pool.submit(read, source) for source in sources}
+            id_of = {source: turn.id for turns in part for turn in turns for source in turn.images}
+            pixels = {source: pixels.get(source) or pool.submit(read, source, id) for source, id in id_of.items()}
             yield part, pixels
 
-    try:
-        words = {}
+    with readers() as pool:
+        encoded = {}
         for part, pixels in ahead(batches(), N_AHEAD):
-            words = encode(model, pixels, words)
-            for n in range(1, max(map(len, part)) + 1):
-                asked = [turns[:n] for turns in part if len(turns) >= n and turns[n - 1].id not in known]
-                if not asked:
+            for source, future in pixels.items():
+                try:
+                    future.result()
+                except ValueError as error:
+                    broken[source] = str(error)
+            part = [turns for turns in part if not any(source in broken for turn in turns for source in turn.images)]
+            encoded = encode(model, {source: pixels[source] for source in pixels if source not in broken}, encoded)
+            for n in range(1, max(map(len, part), default=0) + 1):
+                due = [turns[:n] for turns in part if len(turns) >= n and turns[n - 1].id not in known]
+                if not due:
                     continue
-                images = [words[source] for turns in asked for turn in turns for source in turn.images]
-                asked = [fitted(turns, known, model, tokenizer, max_new_tokens) for turns in asked]
-                messages = [said for _, said in asked]
-                if asked[0][0][-1].choices:
-                    texts = choose(model, tokenizer, messages, images, [turns[-1].choices for turns, _ in asked])
+                # Of all turns, those too that do not fit the context: their images' marks stay in the prompt.
+                images = [encoded[source] for turns in due for turn in turns for source in turn.images]
+                prompts = [fitted(turns, known, model, tokenizer, max_new_tokens) for turns in due]
+                messages = [said for _, said in prompts]
+                if due[0][-1].choices:
+                    texts = choose(model, tokenizer, messages, images, [turns[-1].choices for turns in due])
                 else:
-                    texts = ask(model, tokenizer, messages, images, max_new_tokens, min_new_tokens)
-                for (turns, _), text in zip(asked, texts):
+                    texts = ask(model, tokenizer, messages, images, max_new_tokens, min_new_tokens, due[0][-1].space)
+                for (turns, _), text in zip(prompts, texts):
                     known[turns[-1].id] = text
                     yield turns, text
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -14,23 +14,27 @@
     files --tasks.py--> questions --answer.py--> answers --tasks.py--> scores, numbers --report.py--> a page
                                                    record.py: appended as they come
 
---out of a task is a folder: run.json (weights, settings, versions), answers-RANK.jsonl, and at the end results.json and
+--out of a task is a folder: run.json (weights, settings, versions), answers-RANK.jsonl, which come as they may, and at
+the end answers.jsonl (a line for each question, in order: id, prompt, answer, truth, group, score), results.json and
 index.html, a page to look at. The same command goes on where a run was stopped or killed, on any number of devices.
 
 --data is a file that training reads as well (data/conversations.py): of each row the first question is asked, and the
 answer counts if it is the row's first answer, but for capitals, spaces and a full stop; counts by the rows' "kind" and
-"seen" follow, and how often "image_answer" and "text_answer" are said. --out is then a file, a line for each question.
+"seen" follow, and how often "image_answer" and "text_answer" are said. --out is then a file, written at the end, of a
+line for each question.
 
 The two runs with --images are the control: a model that looks must lose what only looking tells.
 """
 
 import argparse
 import json
+import os
 import random
 import signal
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
@@ -39,51 +43,35 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from answer import Source, answers, ask, deal, fitted, n_mark  # noqa: F401 (ask: for a few questions of one's own)
+from answer import Source, answers, ask, deal, fitted, n_mark, opened  # noqa: F401 (ask: for questions of one's own)
 from data.conversations import Conversations, read_rows
-from data.image import DEFAULT_FIT, FITS, load_image, to_pixels
+from data.image import DEFAULT_FIT, FITS, load_image, to_pixels  # noqa: F401 (load_image: likewise)
 from data.text import Tokenizer, conversation_turns
 from launch import fail
 from metrics import cider, vqa_accuracy  # noqa: F401 (a score alone)
 from model import Owl
 from parallel import PRECISIONS, Place, from_all, start_process
-from quantize import BITS
-from record import open_answers, open_run, settings_of, start_of, write_json
-from report import count_ratings, page, rating_page
-from tasks import TASKS, Question, read_lines
+from quantize import BITS, bits_of, why_slow
+from record import open_run, write
+from report import PUBLISHED, count_ratings, figure, page, rating_page, read_published, write_page
+from tasks import HALF_CHARACTER, TASKS, Question, Task
 from train import validate
 from watch import Skips
-from weights import load_model, read_quantization
+from weights import load_model, read_config, read_quantization
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
-PUBLISHED = "answers_mplug_owl_7b.jsonl"  # in OwlEval's folder
 
 
 # --- all questions -----------------------------------------------------------------------------------
 
 
-def shown(questions: list[Question], images: str, seed: int) -> list[Question]:
-    """The questions with the images changed about, if they are to be shuffled: the same for equal seeds."""
-    if images != "shuffled":
-        return questions
+def changed_about(questions: list[Question], seed: int) -> list[Question]:
+    """The questions with their images shuffled, the same way for equal seeds."""
     sources = sorted({source for question in questions for source in question.images})
     others = list(sources)
     random.Random(seed).shuffle(others)
     other = dict(zip(sources, others))
     return [replace(question, images=[other[source] for source in question.images]) for question in questions]
-
-
-def make_reader(args: argparse.Namespace, model: Owl, folder: Path) -> Callable[[Source], Tensor]:
-    """read(source) -> what the model sees of an image, [3, S, S]."""
-    size = model.config.image_size
-    fit = args.fit or DEFAULT_FIT[model.config.style]
-
-    def read(source: Source) -> Tensor:
-        if args.images == "blank":  # the mean colour, which normalisation takes to about zero
-            return torch.zeros(3, size, size)
-        return to_pixels(load_image(source if isinstance(source, bytes) else folder / source), size, fit)
-
-    return read
 
 
 def ask_all(
@@ -94,25 +82,39 @@ def ask_all(
     questions: list[Question],
     known: dict[str, str],
     folder: Path,
-    lengths: tuple[int, int],
+    limits: tuple[int, int],
     note: Callable[[list[Question], str], None],
 ) -> dict[str, str]:
     """Asks this process' part of what is not known, and notes each answer; returns everybody's answers by id.
 
-    Raises ValueError, in one sentence, as answers does; for prompts that are too long before the first is asked.
+    Raises ValueError, in one sentence: before the first is asked, for a question that does not fit the context; and on
+    the first process, when all else is answered, for images that cannot be read.
     """
     conversations = deal(questions, known, place)
     for turn in (turn for turns in conversations for turn in turns):
-        fitted([turn], known, model, tokenizer, lengths[1])
+        fitted([turn], known, model, tokenizer, limits[1])
     n_turn = sum(turn.id not in known for turns in conversations for turn in turns)
-    read = make_reader(args, model, folder)
+    size, broken = model.config.image_size, {}
+
+    def read(source: Source, id: str) -> Tensor:
+        if args.images == "blank":  # the mean colour, which normalisation takes to about zero
+            return torch.zeros(3, size, size)
+        with opened(source, folder, id) as image:
+            return to_pixels(image, size, args.fit)
+
     # (disable=None shows a bar where there is a terminal)
     bar = tqdm(total=n_turn, desc="asking", unit="question", disable=None if place.is_first else True)
     with bar:
-        for turns, answer in answers(model, tokenizer, conversations, known, read, args.batch, lengths):
+        for turns, answer in answers(model, tokenizer, conversations, known, broken, read, args.batch, limits):
             note(turns, answer)
             bar.update()
-    return {id: answer for part in from_all(place, known) for id, answer in part.items()}
+    parts = from_all(place, (known, broken))
+    reasons = list({source: reason for _, part in parts for source, reason in part.items()}.values())
+    if reasons and place.is_first:
+        some = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+        goes_on = "; once they are mended, the same command goes on" if args.task and args.out else ""
+        raise ValueError(f"{len(reasons)} of the images cannot be read ({some}), all else was asked{goes_on}")
+    return {id: answer for part, _ in parts for id, answer in part.items()}
 
 
 # --- a task ------------------------------------------------------------------------------------------
@@ -121,50 +123,70 @@ def ask_all(
 def run_task(args: argparse.Namespace, place: Place) -> None:
     """Asks a task's questions, prints its numbers and, with --out, writes its folder (see above)."""
     task, folder = TASKS[args.task], Path(args.folder)
-    lengths = (task.min_new_tokens, args.max_new_tokens or task.max_new_tokens)
-    if args.max_new_tokens and not (task.min_new_tokens <= args.max_new_tokens and task.max_new_tokens):
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} is not for {task.name}")
-    questions = shown(task.read(folder), args.images, args.seed)
-    model, tokenizer = load(args, place)
-    fit = args.fit or DEFAULT_FIT[model.config.style]
-    settings = settings_of(args, questions, model.llama.embed_tokens.weight.dtype, fit, lengths)
-    record, known, log = {"settings": settings, "starts": [start_of(args, place)]}, {}, None
+    limits = (task.min_new_tokens, args.max_new_tokens or task.max_new_tokens)
+    if args.max_new_tokens and not task.max_new_tokens:
+        raise ValueError(f"--max-new-tokens is not for {task.name}: its answers are chosen from those given")
+    if args.max_new_tokens and args.max_new_tokens < task.min_new_tokens:
+        raise ValueError(f"--max-new-tokens should be {task.min_new_tokens} or more for {task.name}")
+    questions = task.read(folder)
+    if args.images == "shuffled":
+        questions = changed_about(questions, args.seed)
+    published = None
+    if task.name == "owleval" and args.out:
+        published = read_published(folder, questions)
+        if published is None and place.is_first:
+            print(f"there will be no page to rate: {folder} has no {PUBLISHED[0]}", file=sys.stderr)
+    tokenizer = Tokenizer(args.weights)
+    run = nullcontext(({}, {}, None))
     if args.out:
-        out = Path(args.out)
-        record, known = open_run(out, record, {question.id for question in questions}, place)
-        log = open_answers(out / f"answers-{place.rank}.jsonl")
+        run = open_run(args, questions, dtype_of(args, place), limits, place)
+    with run as (record, known, log):
+        model = load(args, tokenizer, place)
 
-    def note(turns: list[Question], answer: str) -> None:
-        question = turns[-1]
-        row = {"id": question.id, "prompt": question.prompt, "answer": answer}
-        row |= {"score": task.score_one(answer, question), "group": question.group, "truth": question.truth}
-        if len(turns) > 1:
-            row["before"] = [turn.id for turn in turns[:-1]]  # which earlier turns stood in the prompt
-        if log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+        def note(turns: list[Question], answer: str) -> None:
+            row = {"id": turns[-1].id, "prompt": turns[-1].prompt, "answer": answer}
+            if len(turns) > 1:
+                row["before"] = [turn.id for turn in turns[:-1]]
+            if log:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
 
-    known = ask_all(args, model, tokenizer, place, questions, known, folder, lengths, note)
-    if not place.is_first:
-        return
-    results = [(question, known[question.id], task.score_one(known[question.id], question)) for question in questions]
+        said = ask_all(args, model, tokenizer, place, questions, known, folder, limits, note)
+        if place.is_first:
+            finish(args, task, questions, said, record, published)
+
+
+def finish(
+    args: argparse.Namespace,
+    task: Task,
+    questions: list[Question],
+    said: dict[str, str],
+    record: dict,
+    published: dict[str, str] | None,
+) -> None:
+    """Scores all answers, prints the numbers and, with --out, writes all that is written at the end."""
+    texts = [said[question.id] for question in questions]
+    results = list(zip(questions, texts, task.score(texts, questions)))
     numbers = task.summarise(results)
     title = task.what if args.images == "right" else f"{task.what} (images: {args.images})"
     print(f"{title}\n{args.weights}, {len(results):,} answers\n")
     for name, number in numbers.items():
-        print(f"{name:<40} {number:>10.2f}")
-    if args.out:
-        write_json(out / "results.json", {"task": task.name, "answers": len(results), "numbers": numbers} | record)
-        write_page(out / "index.html", page(title, numbers, results, record, folder, args.seed))
-        if task.name == "owleval" and (folder / PUBLISHED).is_file():
-            rows = read_lines(folder / PUBLISHED)
-            published = {str(row.get("question_id", int)): row.get("answer") for row in rows}
-            write_page(out / "rate.html", rating_page(results, published, str(args.weights), folder, args.seed))
-
-
-def write_page(path: Path, html: str) -> None:
-    path.write_text(html, encoding="utf-8", errors="replace")  # a file's name may be no Unicode
-    print(f"\nto look at: {path}")
+        print(f"{name:<40} {figure(number):>10}")
+    if not args.out:
+        return
+    out, folder = Path(args.out), Path(args.folder)
+    rows = []
+    for question, answer, score in results:
+        row = {"id": question.id, "prompt": question.prompt, "answer": answer, "truth": question.truth}
+        rows.append(json.dumps(row | {"group": question.group, "score": score}) + "\n")
+    write(out / "answers.jsonl", "".join(rows))
+    content = {"task": task.name, "answers": len(results), "numbers": numbers} | record
+    write(out / "results.json", json.dumps(content, indent=1) + "\n")
+    if args.images == "blank":
+        results = [(replace(question, images=[]), answer, score) for question, answer, score in results]
+    write_page(out / "index.html", page(title, numbers, results, record, folder, args.seed))
+    if published:
+        write_page(out / "rate.html", rating_page(results, published, str(args.weights), folder, args.seed))
 
 
 # --- a file of conversations --------------------------------------------------------------------------
@@ -205,6 +227,9 @@ def read_cases(path: str, root: Path) -> list[Case]:
         for name, note in notes.items():
             if not isinstance(note, NOTES[name]):
                 raise ValueError(f"{where}: {name} should be {'true or false' if name == 'seen' else 'a text'}")
+        for text in [*turns, *images, *map(str, notes.values())]:
+            if HALF_CHARACTER.search(text):
+                raise ValueError(f"{where}: a text holds half a character (a lone surrogate)")
         cases.append(Case(turns[0], turns[1], images[: n_image[0]], notes))
     return cases
 
@@ -216,48 +241,54 @@ def normal(answer: str) -> str:
 
 def run_data(args: argparse.Namespace, place: Place) -> None:
     """Asks a data file's questions and prints how many answers were right; --out lists them, in the file's order."""
+    out = Path(args.out) if args.out else None
+    if out and (out.resolve() == Path(args.data).resolve() or (out.exists() and not out.is_file())):
+        raise ValueError(f"--out {out} should be a file of its own")
+    if out and not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: there is no folder {out.parent} to write to")
     root = Path(args.image_root) if args.image_root else Path(args.data).parent
     cases = read_cases(args.data, root)
     questions = [Question(str(i), case.question, case.images) for i, case in enumerate(cases)]
-    questions = shown(questions, args.images, args.seed)
-    model, tokenizer = load(args, place)
-    log = open(args.out, "w", encoding="utf-8") if args.out and place.is_first else None
-    known = ask_all(args, model, tokenizer, place, questions, {}, root, (0, args.max_new_tokens or 10), lambda *_: None)
+    if args.images == "shuffled":
+        questions = changed_about(questions, args.seed)
+    tokenizer = Tokenizer(args.weights)
+    model, limits = load(args, tokenizer, place), (0, args.max_new_tokens or 10)
+    said = ask_all(args, model, tokenizer, place, questions, {}, root, limits, lambda *_: None)
     if not place.is_first:
         return
-    right, asked = Counter(), Counter()
+    # In each part of the table, by the line's name: of each answer whether it counts.
+    parts = {name: defaultdict(list) for name in ("truth", "all", "kind", "seen", "said")}
+    rows = []
     for i, case in enumerate(cases):
-        answer = normal(known[str(i)])
+        answer = normal(said[str(i)])
         is_right = answer == normal(case.truth)
-        counted = [(0, "yes or no" if normal(case.truth) in ("yes", "no") else "other", is_right), (1, "all", is_right)]
+        parts["truth"]["yes or no" if normal(case.truth) in ("yes", "no") else "other"].append(is_right)
+        parts["all"]["all"].append(is_right)
         for name, note in case.notes.items():
             if name == "kind":
-                counted.append((2, note, is_right))
+                parts["kind"][note].append(is_right)
             elif name == "seen":
-                counted.append((3, "seen" if note else "unseen", is_right))
+                parts["seen"]["seen" if note else "unseen"].append(is_right)
             else:
-                counted.append((4, name, answer == normal(note)))
-        for section, name, counts in counted:
-            asked[section, name] += 1
-            right[section, name] += counts
-        if log:
-            row = {"question": case.question, "truth": case.truth, "images": case.images} | case.notes
-            log.write(json.dumps(row | {"answer": known[str(i)]}) + "\n")
-    width = max(10, *(len(name) for _, name in asked))
-    for section, name in sorted(asked):
-        n, of = right[section, name], asked[section, name]
+                parts["said"][name].append(answer == normal(note))
+        row = {"question": case.question, "truth": case.truth, "images": case.images} | case.notes
+        rows.append(json.dumps(row | {"answer": said[str(i)]}) + "\n")
+    lines = [line for part in parts.values() for line in sorted(part.items())]
+    width = max(10, *(len(name) for name, _ in lines))
+    for name, counts in lines:
+        n, of = sum(counts), len(counts)
         print(f"{name:<{width}} {n:>6} of {of:>6}  {100 * n / of:.2f} %")
+    if out:
+        write(out, "".join(rows))
 
 
 def print_loss(args: argparse.Namespace, place: Place) -> None:
     """Prints the loss that training calls the validation loss, to the last bit. Raises as Conversations does."""
-    model, tokenizer = load(args, place)
+    tokenizer = Tokenizer(args.weights)
+    model = load(args, tokenizer, place)
     config = model.config
-    fit = args.fit or DEFAULT_FIT[config.style]
-    length = config.llama.context
-    data = Conversations(
-        args.data, tokenizer, config.style, config.image_words, config.image_size, length, fit, args.image_root
-    )
+    shape = (config.style, config.image_words, config.image_size, config.llama.context)
+    data = Conversations(args.data, tokenizer, *shape, args.fit, args.image_root)
     skips = Skips()
     print(repr(validate(model, data, args.batch, config, place, skips)))
     if skips.count:
@@ -285,21 +316,40 @@ def parse() -> argparse.Namespace:
     p.add_argument("--loss", action="store_true", help="print the mean loss over all answers' tokens instead")
     p.add_argument("--batch", type=int, default=64, help="questions at a time on a device (default 64)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the task's; 10 for --data)")
-    p.add_argument("--seed", type=int, default=0, help="of the shuffling, and of what the pages show")
+    p.add_argument("--seed", type=int, default=0, help="of --images shuffled, and of what the pages show on which side")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA and for fewer bits, else fp32")
     p.add_argument("--out", metavar="PATH", help="a task's folder; of --data a file (.jsonl)")
     return p.parse_args()
 
 
-def load(args: argparse.Namespace, place: Place) -> tuple[Owl, Tokenizer]:
-    """Raises FileNotFoundError or ValueError, in one sentence, as load_model and Tokenizer do."""
+def dtype_of(args: argparse.Namespace, place: Place) -> torch.dtype:
+    """What the model computes in."""
     fewer_bits = args.quantize or read_quantization(Path(args.weights))
-    dtype = torch.bfloat16 if fewer_bits and not args.precision else place.dtype
+    return torch.bfloat16 if fewer_bits and not args.precision else place.dtype
+
+
+def load(args: argparse.Namespace, tokenizer: Tokenizer, place: Place) -> Owl:
+    """Raises FileNotFoundError or ValueError, in one sentence, as load_model does."""
+    dtype = dtype_of(args, place)
+    # Else convolutions on CUDA round float32 to 10 bits, each way of computing them its own way, and --batch chooses.
+    torch.backends.cudnn.allow_tf32 = False
     model = load_model(args.weights, place.device, dtype, args.quantize)
-    tokenizer = Tokenizer(args.weights)
     model.config.llama.eos_id = tokenizer.eos_id
-    return model, tokenizer
+    bits = bits_of(model)
+    if bits and place.is_first and (why := why_slow(bits, place.device, dtype, compiled=False)):
+        print(why, file=sys.stderr)
+    return model
+
+
+def mended(error: RuntimeError, args: argparse.Namespace) -> ValueError:
+    """What a person can do about it, in one sentence; raises the error itself if that is nothing."""
+    # torch has no class for a full memory on a CPU, nor gloo for a process that is gone
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return ValueError(f"the memory of {args.device} is full: try a smaller --batch, or --quantize")
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return ValueError("another process has ended; it should say why")
+    raise error
 
 
 def stop(number: int, frame: object) -> None:
@@ -309,6 +359,8 @@ def stop(number: int, frame: object) -> None:
 def main() -> None:
     args = parse()
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         if args.ratings:
             print(count_ratings(args.ratings))
             return
@@ -318,13 +370,14 @@ def main() -> None:
             raise ValueError("--task takes its files from --folder FOLDER, and neither --loss nor --image-root")
         if args.data and args.folder:
             raise ValueError("--folder is for --task; --data has --image-root")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        if args.loss and (args.images != "right" or args.out):
+            raise ValueError("--loss is printed, of the right images: it takes neither --images nor --out")
+        args.fit = args.fit or DEFAULT_FIT[read_config(Path(args.weights)).style]
         place = start_process(args.device, args.precision)
         run = run_task if args.task else print_loss if args.loss else run_data
         run(args, place)
-    except torch.OutOfMemoryError:
-        fail(ValueError(f"the memory of {args.device} is full: try a smaller --batch, or --quantize"))
+    except RuntimeError as error:
+        fail(mended(error, args))
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt as interrupt:

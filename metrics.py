@@ -126,8 +126,9 @@ SENTENCE_STARTS = """
     When While Who Why Yet You
 """.split()
 
-# What a token may look like, and what has to follow it. The longest match wins, what follows counted in; of equally
-# long ones the first. A sign that no rule takes is no token: that is where most punctuation goes.
+# What a token may look like, and what has to follow it. The longest match wins, what follows counted in: of "don't",
+# "do" with its "n't" (5) wins over "don" (3). Of equally long ones the first wins. A sign that no rule takes is no
+# token: that is where most punctuation goes.
 RULES = [
     # two words in one
     ("can", "not"),
@@ -146,11 +147,11 @@ RULES = [
     (r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|cap'n|c'est", ""),
     (rf"y{QUOTE}", LETTER),  # "y'all"
     # words with hyphens, slashes and signs
-    (HYPHENATED, ""),
+    (HYPHENATED, ""),  # "snow-covered"
     (DOTTED, ""),
-    (r"pro-|anti-", ""),
+    (r"pro-|anti-", ""),  # "pro- and anti-war"
     (r"[a-z0-9]+(?:-[a-z]+){0,2}(?:/[a-z0-9]+(?:-[a-z]+){0,2}){1,2}", ""),  # "black/white"
-    (FIRM, ""),
+    (FIRM, ""),  # "AT&T"
     (r"c\+\+|[cf]#", ""),
     # words with full stops
     (rf"(?:{'|'.join(ABBREVIATIONS)}|{INITIALS})\.", ""),
@@ -177,11 +178,11 @@ RULES = [
     (r"(?-i:[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])", r"[^a-z0-9]"),
     (r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)", ""),
     # signs
-    (r"-+|\.{3,}|[?!]+|@+|_+|#+|\*+|(?:\\\*)+|<<?|>>?|[=/()\[\]{}¡¿。、]", ""),
+    (r"-+|\.{3,}|[?!]+|@+|_+|#+|\*+|(?:\\\*)+|<<?|>>?|[=/()\[\]{}¡¿。、]", ""),  # "?!" is one token, "((" two
     (r"'", rf"[a-z][^{SPACE}\n]"),  # opens a quotation: "'red'" has no "'re"
-    (r"[`‘-‟\x91-\x94‹›«»]{1,2}|''", ""),
-    (rf"{CLITIC}|{NOT}", ""),
-    (
+    (r"[`‘-‟\x91-\x94‹›«»]{1,2}|''", ""),  # "“" and "”" of "“STOP”"
+    (rf"{CLITIC}|{NOT}", ""),  # "n't" of "don't"; "'s" where the text ends
+    (  # each a token by itself: "%" of "5%", "°" of "20°C"
         r"[+%&~^|\\¦-©¬®-º×÷‖‗†-‣‰-‸※‾-⁂⁄⁺-ⁿ₊-₎\u2100-\u214f\u2190-\u2bff〒・！-／：-＠［-｀｛-･]",
         "",
     ),

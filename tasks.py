@@ -4,7 +4,7 @@
       | Task.read          every question with its prompt, its images and the truth; all is looked at before it begins
       v
     [Question] ---- asked by evaluate.py, batch by batch ----> answers, one text each
-                                                                 |  Task.score_one     0..1, or None: only as a whole
+                                                                 |  Task.score         of each, or None
                                                                  |  Task.summarise     the official numbers, by name
                                                                  v
                                                                {"accuracy": 64.5, ...}      in percent
@@ -33,10 +33,10 @@ A folder holds these files, with the owners' names and folders. Where they are p
     arc-c, arc-e      ARC-Challenge/ARC-Challenge-Test.jsonl; ARC-Easy/ARC-Easy-Test.jsonl   none
     owleval           questions.jsonl                                                        cases/ (or images/)
 
-The prompts are those of Owl2's released evaluation scripts, but for the space (a token of its own) that those for VQA,
-captions and MME leave after "ASSISTANT:". There are none for VizWiz, GQA and POPE, which get that of VQAv2, nor for
-SEED, Q-Bench and ScienceQA, which get that of MMBench (Owl2's authors say so of the first two), without the line for a
-hint where a benchmark has no hints. easy-VQA's questions are asked as they stand.
+The prompts are those of Owl2's released evaluation scripts, and so is the space (a token of its own) that those for
+VQA, captions and MME (not that for MMBench) leave after "ASSISTANT:". There are none for VizWiz, GQA and POPE, which
+get that of VQAv2, nor for SEED, Q-Bench and ScienceQA, which get that of MMBench (Owl2's authors say so of the first
+two), without the line for a hint where a benchmark has no hints. easy-VQA's questions are asked as they stand.
 
 MMLU is asked in its owners' form, behind five worked examples. ARC's owners have none for language models: it gets one
 like it, behind no examples. The answer is whichever letter the model finds likeliest. OwlEval's conversations are held
@@ -70,6 +70,7 @@ from metrics import cider, mme_scores, pope_scores, vqa_accuracy
 SHORT = "Answer the question using a single word or phrase."
 PICK = "Answer with the option’s letter from the given choices directly."  # the released script's apostrophe
 PICK_CN = "请直接回答选项字母。"  # LLaVA's for Chinese; Owl2's script has none
+SPACED = (SHORT, CAPTION_REQUEST)  # what the released scripts leave a space after "ASSISTANT:" for
 LETTERS = "ABCDE"
 ROTATION = 1_000_000  # MMBench: what a rotation adds to the index of its question
 MME = {
@@ -85,11 +86,12 @@ class Question:
     id: str  # unique in its task
     prompt: str  # what the person says, an <image> for each image, without "USER:"
     images: list[str | bytes]  # paths below the task's folder, or files' contents
-    truth: object = None  # what score_one needs; None: its owners keep it to themselves
+    truth: object = None  # what Task.score needs; None: its owners keep it to themselves
     group: str = ""  # what it is summed up under
     choices: list[str] | None = None  # the answers to choose from by likelihood; None: the answer is generated
     shots: list[str] = field(default_factory=list)  # the worked examples that stand in the prompt, in order
     before: list[str] = field(default_factory=list)  # the ids of the conversation's earlier questions, in order
+    space: bool = False  # Owl2's prompt ends in one
 
     def with_fewer_shots(self) -> "Question":
         """The same without its last worked example: for a prompt that outgrows the model's context."""
@@ -97,19 +99,23 @@ class Question:
         return replace(self, prompt=before + after, shots=self.shots[:-1])
 
 
-Results = list[tuple[Question, str, float | None]]  # with its answer and score_one's score
+Results = list[tuple[Question, str, float | None]]  # with its answer, and that one's score
 
 
 @dataclass
 class Task:
-    """A benchmark. max_new_tokens, min_new_tokens: of an answer; 0: the likeliest of Question.choices is the answer."""
+    """A benchmark.
+
+    max_new_tokens, min_new_tokens: of an answer; 0: the likeliest of Question.choices is the answer. score: of answers
+    to these questions, each from 0 to 1 (CIDEr: to 10), or None.
+    """
 
     name: str
     what: str
     url: str  # where its files are published
     max_new_tokens: int
     reader: Callable[[Path], Iterator[Question]]
-    score_one: Callable[[str, Question], float | None]
+    score: Callable[[list[str], list[Question]], list[float | None]]
     summarise: Callable[[Results], dict[str, float]]
     min_new_tokens: int = 1
 
@@ -126,7 +132,7 @@ class Task:
         """
         folder = Path(folder)
         try:
-            questions = list(self.reader(folder))
+            questions = [replace(each, space=each.prompt.endswith(SPACED)) for each in self.reader(folder)]
             self._check(questions, folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; {self.name} is published at {self.url}") from None
@@ -495,19 +501,29 @@ def read_arc(file: str, folder: Path) -> Iterator[Question]:
         yield Question(row.get("id"), f"{prompt}\nAnswer:", [], truth, "", list(LETTERS[: len(labels)]))
 
 
-# --- one answer's score ------------------------------------------------------------------------------
+# --- scores ------------------------------------------------------------------------------------------
+
+Score = Callable[[list[str], list[Question]], list[float | None]]
 
 
+def one_by_one(score_one: Callable[[str, Question], float | None]) -> Score:
+    """Makes a score of many answers out of that of one."""
+    return lambda answers, questions: [score_one(answer, question) for answer, question in zip(answers, questions)]
+
+
+@one_by_one
 def by_people(answer: str, question: Question) -> float | None:
     """The official VQA accuracy against ten people's answers."""
     return None if question.truth is None else vqa_accuracy(answer, question.truth)
 
 
+@one_by_one
 def by_match(answer: str, question: Question) -> float:
     """1 for the right words, but for capitals, spaces around and a full stop: GQA's script forgives none of them."""
     return float(answer.strip().lower().removesuffix(".") == question.truth.strip().lower().removesuffix("."))
 
 
+@one_by_one
 def by_letter(answer: str, question: Question) -> float | None:
     return None if question.truth is None else float(letter(answer) == question.truth)
 
@@ -523,6 +539,7 @@ def letter(answer: str) -> str:
     return said[1] if said else ""
 
 
+@one_by_one
 def by_first_letters(answer: str, question: Question) -> float:
     """MME: yes or no in the first four characters; where neither is, the answer is wrong."""
     start = answer.strip().lower()[:4]
@@ -535,17 +552,25 @@ def says_yes(answer: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
+@one_by_one
 def by_denial(answer: str, question: Question) -> float:
     return float(says_yes(answer) == (question.truth == "yes"))
 
 
+@one_by_one
 def by_choice(answer: str, question: Question) -> float:
     """Of a question with choices, whose answer is the likeliest of them."""
     return float(answer == question.truth)
 
 
-def as_a_whole(answer: str, question: Question) -> None:
-    """An answer that has no score of its own."""
+@one_by_one
+def by_raters(answer: str, question: Question) -> None:
+    """People say how good it is."""
+
+
+def by_consensus(answers: list[str], questions: list[Question]) -> list[float]:
+    """Each caption's CIDEr, which depends on all of the references."""
+    return cider(answers, [question.truth for question in questions])[1]
 
 
 # --- a task's numbers, in percent --------------------------------------------------------------------
@@ -575,9 +600,8 @@ def circular(results: Results) -> dict[str, float]:
     return accuracy([min(rows, key=lambda row: row[2]) for rows in rotations.values()])
 
 
-def caption_scores(results: Results) -> dict[str, float]:
-    corpus, _ = cider([answer for _, answer, _ in results], [question.truth for question, _, _ in results])
-    return {"CIDEr": 100 * corpus}
+def mean_cider(results: Results) -> dict[str, float]:
+    return {"CIDEr": 100 * fmean(score for _, _, score in results)}
 
 
 def mme_points(results: Results) -> dict[str, float]:
@@ -646,7 +670,7 @@ arc_c = partial(read_arc, "ARC-Challenge/ARC-Challenge-Test.jsonl")
 arc_e = partial(read_arc, "ARC-Easy/ARC-Easy-Test.jsonl")
 qbench = partial(read_qbench, "llvisionqa_dev.json")
 qbench_test = partial(read_qbench, "llvisionqa_test.json")
-WHOLE = (as_a_whole, caption_scores)
+CIDER = (by_consensus, mean_cider)
 LIKELIEST = "accuracy of the likeliest letter"
 FOR_SERVER = "for its server"
 
@@ -661,8 +685,8 @@ TASKS = {
         Task("vizwiz-test", f"VizWiz test: {FOR_SERVER}", VIZWIZ, 10, vizwiz_test, by_people, accuracy),
         Task("gqa", "GQA test-dev, balanced: exact matches", GQA, 10, read_gqa, by_match, accuracy),
         Task("easy-vqa", "easy-VQA test: exact matches", EASY_VQA, 10, read_easy_vqa, by_match, accuracy),
-        Task("coco", "COCO captions, Karpathy's test split: CIDEr", f"{SPLITS} and {COCO}", 60, coco, *WHOLE, 8),
-        Task("flickr30k", "Flickr30K captions, likewise: CIDEr", f"{SPLITS} and {FLICKR}", 60, flickr30k, *WHOLE, 8),
+        Task("coco", "COCO captions, Karpathy's test split: CIDEr", f"{SPLITS} and {COCO}", 60, coco, *CIDER, 8),
+        Task("flickr30k", "Flickr30K captions, likewise: CIDEr", f"{SPLITS} and {FLICKR}", 60, flickr30k, *CIDER, 8),
         Task("mmbench", "MMBench dev: accuracy", MMBENCH, 10, mmbench, by_letter, circular),
         Task("mmbench-cn", "MMBench dev in Chinese: accuracy", MMBENCH, 10, mmbench_cn, by_letter, circular),
         Task("mmbench-test", f"MMBench test: {FOR_SERVER}", MMBENCH, 10, mmbench_test, by_letter, circular),
@@ -676,6 +700,6 @@ TASKS = {
         Task("mmlu", f"MMLU test, 5 shots if they fit: {LIKELIEST}", MMLU, 0, read_mmlu, by_choice, accuracy),
         Task("arc-c", f"ARC-Challenge test, no shots: {LIKELIEST}", ARC, 0, arc_c, by_choice, accuracy),
         Task("arc-e", f"ARC-Easy test, no shots: {LIKELIEST}", ARC, 0, arc_e, by_choice, accuracy),
-        Task("owleval", "OwlEval, with its conversations: for raters", OWLEVAL, 512, read_owleval, as_a_whole, counted),
+        Task("owleval", "OwlEval, with its conversations: for raters", OWLEVAL, 512, read_owleval, by_raters, counted),
     )
 }

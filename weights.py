@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict:
     """Reads a JSON object; ValueError in one sentence if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, not a {type(content).__name__}")

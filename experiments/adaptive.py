@@ -12,7 +12,7 @@ Then interference: questions about an image that begin with a false statement ("
 circle?"). How often is the image believed, how often the statement?
 """
 
-from runs import DATA, Lab, Variant, by_kind, draw, experiment, scores, table, write
+from lab import DATA, Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:

@@ -8,9 +8,9 @@ one image and 100 words.
 """
 
 import torch
-from runs import Lab, Variant, by_kind, draw, experiment, make_owl, scores, table, write
+from lab import Lab, Variant, by_kind, draw, experiment, make_owl, scores, table, write
 
-from cost import train_flops  # after runs, which puts the repository on the path
+from cost import train_flops  # after lab, which puts the repository on the path
 
 
 def flops(variant: Variant) -> float:

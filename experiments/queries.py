@@ -6,7 +6,7 @@ An image becomes as many words as there are queries, and one more. Fewer cost le
 about. The paper found 64 enough, and that fewer hurt. Here an image of 64 x 64 pixels has 64 patches.
 """
 
-from runs import Lab, Variant, by_kind, draw, experiment, scores, table, write
+from lab import Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:

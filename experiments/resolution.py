@@ -6,7 +6,7 @@ The world is drawn at 64 pixels. At 32 small things and letters all but vanish; 
 gives 144 patches instead of 64. The given tower has seen 64: its position embeddings are interpolated.
 """
 
-from runs import Lab, Variant, by_kind, draw, experiment, scores, table, write
+from lab import Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:

@@ -7,7 +7,7 @@ of rank 8 on q_proj and v_proj (and the abstractor, as the paper's abstract has 
 once with everything trained. What is left of the text ability?
 """
 
-from runs import Lab, Variant, by_kind, draw, experiment, scores, table, write
+from lab import Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:

@@ -6,7 +6,7 @@ Frozen, as Owl2's released fine-tuning scripts have it; trained; and trained wit
 layer to the one below. The tower that is given has seen the same captions, for six or seven times as long as a stage 1 here.
 """
 
-from runs import VIT, Lab, Variant, by_kind, draw, experiment, scores, table, write
+from lab import VIT, Lab, Variant, by_kind, draw, experiment, scores, table, write
 
 
 def run(lab: Lab) -> None:

@@ -3,11 +3,14 @@
 import base64
 import json
 import multiprocessing
+import os
 import random
 import re
+import shutil
 import signal
 import sys
-import time
+import warnings
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,11 +21,13 @@ from PIL import Image
 import answer
 import evaluate
 import record
-from answer import choose, deal, fitted, prompt_of
+import report
+from answer import choose, deal, fitted, opened, prompt_of
 from conftest import GOLDEN, make_config, make_owl
 from data.image import load_image, to_pixels
 from data.text import OWL1_SYSTEM, Tokenizer, render_conversation
 from evaluate import ask, normal
+from metrics import cider
 from model import Owl
 from parallel import Place
 from report import count_ratings, page, pick, rating_page
@@ -93,7 +98,7 @@ def eye(monkeypatch):
     """Stands for the model: names the brightest channel of the last picture, or says what it was told to say."""
     seen = []
 
-    def answer_for(model, tokenizer, questions, images, max_new_tokens, min_new_tokens=0):
+    def answer_for(model, tokenizer, questions, images, max_new_tokens, min_new_tokens=0, space=False):
         assert len(images) == sum(question.count("<image>") for (question,) in questions)
         images = list(images)
         answers = []
@@ -139,6 +144,20 @@ def test_exact_matches_are_counted_by_kind(run, eye, folder):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0] == {"images": ["red.png"], "question": "<image>Which?", "answer": "red", "truth": "Red."}
     assert [line["answer"] for line in lines] == ["red", "green", "blue", "green", "yes", "no", "Yes."]
+
+
+def test_the_list_of_answers_is_written_at_the_end_and_beside_the_data(run, eye, folder, capsys):
+    """An earlier one stays if anything goes wrong, and the data always."""
+    out = folder / "answers.jsonl"
+    out.write_text("earlier")
+    (folder / "broken.png").write_bytes(b"no image")
+    refused(run, capsys, [GOOD, row("broken.png", "<image>?", "a")], "--out", out)
+    assert out.read_text() == "earlier"
+    assert "a file of its own" in refused(run, capsys, [GOOD], "--out", folder / ".." / folder.name / "data.json")
+    assert "a file of its own" in refused(run, capsys, [GOOD], "--out", "/dev/null")
+    assert json.loads((folder / "data.json").read_text()) == [GOOD]
+    run([GOOD], "--out", out)
+    assert json.loads(out.read_text())["answer"] == "red" and not list(folder.glob("*.part"))
 
 
 def test_owl1s_text_is_read_as_well(run, eye):
@@ -233,6 +252,8 @@ BAD_ROWS = {
     "too few images": (row("red.png", "<image><image>?", "a"), "row 1"),
     "too many images": (row(["red.png", "red.png"], "<image>?", "a"), "row 1"),
     "too long": (row(None, "word " * 200, "a"), "context"),
+    "half a character": (row(None, "\ud800", "a"), "row 1: a text holds half a character"),
+    "half a character in a note": (GOOD | {"kind": "\udfff"}, "row 1: a text holds half a character"),
 }
 
 
@@ -273,6 +294,8 @@ def test_a_broken_line_is_named(folder, weights, monkeypatch, capsys):
         (("--max-new-tokens", "0"), "--max-new-tokens"),
         (("--device", "banana"), "banana"),
         (("--out", "no-such-folder/log.jsonl"), "no-such-folder"),
+        (("--loss", "--out", "log.jsonl"), "neither --images nor --out"),
+        (("--loss", "--images", "blank"), "neither --images nor --out"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -454,6 +477,11 @@ def in_a_process(words: list[str]) -> None:
     evaluate.main()
 
 
+def in_order(out: Path) -> list[dict]:
+    """What a run wrote at its end."""
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+
+
 def test_the_answers_of_any_batch_and_any_number_of_processes(task, easy, weights, tmp_path):
     """Byte for byte, sorted; and the same numbers and page. Then a run of two is ended by one."""
     for batch in (1, 3, 64):
@@ -468,62 +496,90 @@ def test_the_answers_of_any_batch_and_any_number_of_processes(task, easy, weight
     assert numbers[0] == numbers[1] == numbers[2] and set(numbers[0]) == {
         "accuracy", "accuracy, other", "accuracy, yes or no",
     }  # fmt: skip
+    assert in_order(tmp_path / "1") == in_order(tmp_path / "two")
 
     half = (tmp_path / "two" / "answers-1.jsonl").read_bytes()
-    (tmp_path / "two" / "answers-1.jsonl").write_bytes(half[: len(half) // 2])
+    (tmp_path / "two" / "answers-1.jsonl").write_bytes(half[: len(half) // 2] + b"\0\0\0")
     (tmp_path / "two" / "results.json").unlink()
     task(easy, tmp_path / "two")
     content = (tmp_path / "two" / "answers-1.jsonl").read_bytes()
-    whole = [line for line in lines(tmp_path / "two") if line in expected]
-    assert content == half[: len(half) // 2] and whole == expected  # the half line stays where nobody writes
+    assert content == half[: half.rindex(b"\n", 0, len(half) // 2) + 1]  # half a line goes, whoever wrote it
+    assert lines(tmp_path / "two") == expected and in_order(tmp_path / "1") == in_order(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "results.json").read_text())["numbers"] == numbers[0]
     starts = json.loads((tmp_path / "two" / "run.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 1]
 
 
-class Slow:
-    """A file that takes its time: a line comes in two parts."""
+def one_fails(words: list[str]) -> None:
+    real = evaluate.load
+    evaluate.load = lambda *arguments: real(*arguments) if os.environ["RANK"] == "0" else fails()
+    with pytest.raises(SystemExit) as stopped:
+        in_a_process(words)
+    assert stopped.value.code == 2
+    os._exit(0)  # the group of processes is in pieces
 
-    def __init__(self, file):
+
+def fails() -> None:
+    raise ValueError("this one fails")
+
+
+def test_when_one_process_fails_the_others_end_with_a_sentence(easy, weights, tmp_path):
+    """What they answered stays."""
+    first, second = in_processes(2, tmp_path, one_fails, command(weights("owl2"), easy, tmp_path / "run"))
+    assert "error: this one fails" in second.splitlines()
+    assert "error: another process has ended; it should say why" in first.splitlines()
+    assert "Traceback" not in first + second
+    assert 0 < len(lines(tmp_path / "run")) < 25
+
+
+class Killed:
+    """A file in whose midst its process is killed."""
+
+    def __init__(self, file, room: int):
         self.file = file
+        self.room = room
 
     def write(self, text: str) -> None:
-        for part in (text[:30], text[30:]):
-            self.file.write(part)
+        self.file.write(text[: self.room])
+        self.room -= len(text)
+        if self.room <= 0:
             self.file.flush()
-            time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def flush(self) -> None:
         self.file.flush()
 
 
-def slowly(words: list[str]) -> None:
-    evaluate.open_answers = lambda path: Slow(record.open_answers(path))
+def killed(words: list[str], room: int) -> None:
+    real = evaluate.open_run
+
+    @contextmanager
+    def open_run(*arguments):
+        with real(*arguments) as (content, known, log):
+            yield content, known, Killed(log, room)
+
+    evaluate.open_run = open_run
     in_a_process(words)
 
 
 def test_a_killed_run_goes_on(task, easy, weights, tmp_path):
-    """SIGKILL at moments of chance, inside a line or between two; in the end the answers of a run left alone."""
-    out, sizes, chance = tmp_path / "run", [0], random.Random(7)
-    path = out / "answers-0.jsonl"
+    """SIGKILL inside a line or between two; in the end the answers of a run left alone."""
+    task(easy, tmp_path / "alone")
+    out, sizes, chance = tmp_path / "run", [], random.Random(7)
+    line = len((tmp_path / "alone" / "answers-0.jsonl").read_bytes().splitlines(keepends=True)[0])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
-    for _ in range(5):
-        process = context.Process(target=slowly, args=(command(weights("owl2"), easy, out, "--batch", 2),))
+    for room in (line - 1, line, *(chance.randrange(1, 500) for _ in range(2))):
+        words = command(weights("owl2"), easy, out, "--batch", 2)
+        process = context.Process(target=killed, args=(words, room))
         process.start()
-        enough = sizes[-1] + chance.randrange(1, 500)
-        while process.is_alive() and not (path.is_file() and path.stat().st_size >= enough):
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
-        process.kill()
-        process.join()
+        process.join(100)
         assert process.exitcode == -signal.SIGKILL
-        sizes.append(path.stat().st_size)
-    assert len(set(sizes)) > 3 and sizes[-1] > sizes[1] > 0 and not (out / "results.json").exists()
+        sizes.append((out / "answers-0.jsonl").stat().st_size)
+    assert len(set(sizes)) > 2 and not (out / "results.json").exists()
     task(easy, out, "--batch", 5)
-    task(easy, tmp_path / "alone")
-    assert lines(out) == lines(tmp_path / "alone") and len(lines(out)) == 25
-    assert len(json.loads((out / "run.json").read_text())["starts"]) == 6
+    assert lines(out) == lines(tmp_path / "alone") and in_order(out) == in_order(tmp_path / "alone")
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -552,10 +608,11 @@ def test_a_signal_leaves_cleanly(task, easy, tmp_path, monkeypatch, capsys, numb
 
 
 def test_each_image_is_read_and_encoded_once(task, easy, tmp_path, monkeypatch):
-    """Whatever the batch; a run that is over reads nothing."""
+    """Whatever the batch; a run that is over reads nothing. Pillow's warnings are left as they were."""
     read, encoded = [], []
-    real_read, real_encode = evaluate.load_image, Owl.encode_images
-    monkeypatch.setattr(evaluate, "load_image", lambda source: read.append(source) or real_read(source))
+    real_read, real_encode, filters = answer.load_image, Owl.encode_images, list(warnings.filters)
+    monkeypatch.setattr(report, "thumbnail", lambda *_: "")
+    monkeypatch.setattr(answer, "load_image", lambda source: read.append(source) or real_read(source))
     monkeypatch.setattr(Owl, "encode_images", lambda self, x: encoded.append(len(x)) or real_encode(self, x))
     for batch in (1, 2, 7, 64):
         read.clear(), encoded.clear()
@@ -563,29 +620,51 @@ def test_each_image_is_read_and_encoded_once(task, easy, tmp_path, monkeypatch):
         assert len(read) == len(set(read)) == sum(encoded) == 10
     read.clear(), encoded.clear()
     task(easy, tmp_path / "7")
-    assert read == encoded == []
+    assert read == encoded == [] and warnings.filters == filters
 
 
 def test_a_line_says_what_was_asked_and_what_it_scored(task, easy, tmp_path, monkeypatch):
     monkeypatch.setattr(answer, "ask", lambda model, tokenizer, questions, *_: ["Yes."] * len(questions))
     said = task(easy, tmp_path / "run")
-    rows = [json.loads(line) for line in lines(tmp_path / "run")]
-    assert {row["id"] for row in rows} == {str(i) for i in range(25)}
-    row = next(row for row in rows if row["id"] == "0")
-    assert row == {
-        "id": "0", "prompt": "<image>Is number 0 red?", "answer": "Yes.", "score": 1.0,
-        "group": "yes or no", "truth": "yes",
-    }  # fmt: skip
-    assert re.search(r"^accuracy +36\.00$", said, re.M)  # 9 of 25
+    rows = in_order(tmp_path / "run")
+    assert [row["id"] for row in rows] == [str(i) for i in range(25)]
+    asked = {"id": "0", "prompt": "<image>Is number 0 red?", "answer": "Yes."}
+    assert rows[0] == asked | {"truth": "yes", "group": "yes or no", "score": 1.0}
+    assert asked in [json.loads(line) for line in lines(tmp_path / "run")]
+    assert re.search(r"^accuracy +36\.00$", said, re.M) and sum(row["score"] for row in rows) == 9  # of 25
     assert said == task(easy, None) + said[said.index("\nto look at") :]  # without --out the same is printed
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["settings"]["config"]["style"] == "owl2" and run["settings"]["max_new_tokens"] == 10
-    assert list(run["settings"]["weight_files"].values())[0]["bytes"] > 1000
-    assert run["starts"][0]["versions"]["torch"] == torch.__version__
+    assert run["settings"]["max_new_tokens"] == 10 and len(run["settings"]["sha256 of tokenizer.model"]) == 64
+    assert run["settings"]["bytes of model-00001-of-00001.safetensors"] > 1000
+    versions = run["starts"][0]["versions"]
+    assert set(versions) == {"torch", "numpy", "pillow", "sentencepiece", "python", "cuda", "owlet"}
+    assert versions["torch"] == torch.__version__
+    sizes = [path.stat().st_size for path in (easy / "test" / "images").iterdir()]
+    assert (run["starts"][0]["image_files"], run["starts"][0]["image_bytes"]) == (10, sum(sizes))
 
 
-def test_a_task_of_choices_and_one_of_captions(task, tmp_path, capsys):
-    """Letters by likelihood; captions of 8 tokens at the least."""
+@pytest.mark.parametrize("space", (False, True))
+def test_the_space_of_a_tasks_prompt_reaches_the_model(weights, monkeypatch, space):
+    """As one token more."""
+    seen = []
+    monkeypatch.setattr(answer, "prompt_of", lambda *arguments: seen.append(prompt_of(*arguments)) or seen[-1])
+    model, tokenizer = load_model(weights("owl2")), Tokenizer(weights("owl2"))
+    questions = [[Question("1", "Why?", [], space=space)]]
+    assert len(list(answer.answers(model, tokenizer, questions, {}, {}, None, 1, (1, 3)))) == 1
+    plain = prompt_of("Why?", model, tokenizer)
+    assert seen == [plain + tokenizer.encode("ASSISTANT: ")[-1:] if space else plain]
+
+
+def test_a_score_is_the_tasks_of_now(task, easy, finished, monkeypatch):
+    """A finished run scores anew, and asks nothing."""
+    monkeypatch.setattr(answer, "ask", None)
+    monkeypatch.setattr(evaluate.TASKS["easy-vqa"], "score", lambda answers, questions: [1.0] * len(answers))
+    assert re.search(r"^accuracy +100\.00$", task(easy, finished), re.M)
+    assert {row["score"] for row in in_order(finished)} == {1.0}
+
+
+def test_a_task_of_choices(task, tmp_path, capsys):
+    """Letters by likelihood."""
     place = tmp_path / "arc"
     (place / "ARC-Easy").mkdir(parents=True)
     choices = [{"text": text, "label": label} for text, label in (("one", "1"), ("two", "2"), ("three", "3"))]
@@ -598,6 +677,20 @@ def test_a_task_of_choices_and_one_of_captions(task, tmp_path, capsys):
     assert "not for arc-e" in refused(task, capsys, place, None, "--max-new-tokens", 3, task="arc-e")
 
 
+def test_captions_have_each_their_cider(task, folder, tmp_path, monkeypatch):
+    captions = {"red": "a red wall", "green": "a green wall of grass", "blue": "the blue sky above"}
+    images = [
+        {"imgid": i, "split": "test", "filepath": ".", "filename": f"{name}.png", "sentences": [{"raw": text}]}
+        for i, (name, text) in enumerate(captions.items())
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    monkeypatch.setattr(answer, "ask", lambda model, tokenizer, questions, *_: ["a green wall"] * len(questions))
+    said = task(folder, tmp_path / "run", task="coco")
+    corpus, scores = cider(["a green wall"] * 3, [[text] for text in captions.values()])
+    assert [row["score"] for row in in_order(tmp_path / "run")] == scores and len(set(scores)) == 3
+    assert re.search(rf"^CIDEr +{100 * corpus:.2f}$", said, re.M)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Folders that are refused
 
@@ -608,17 +701,63 @@ def finished(task, easy, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("flags", [("--images", "blank"), ("--max-new-tokens", 3), ("--fit", "crop"), ("--seed", 3)])
-def test_another_setting_is_refused(task, easy, finished, capsys, flags):
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--images", "blank"), "(images: 'right', now 'blank')"),
+        (("--max-new-tokens", 3), "(max_new_tokens: 10, now 3)"),
+        (("--fit", "crop"), "(fit: 'square', now 'crop')"),
+    ],
+)
+def test_another_setting_is_refused(task, easy, finished, monkeypatch, capsys, flags, words):
+    """With both values, and before the weights are loaded."""
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    sentence = refused(task, capsys, easy, finished, *flags)
-    assert f"holds a run with other settings ({flags[0][2:].replace('-', '_')})" in sentence
+    monkeypatch.setattr(evaluate, "load_model", None)
+    assert f"holds a run with other settings {words}" in refused(task, capsys, easy, finished, *flags)
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_model_is_the_same_by_its_files(task, easy, weights, tmp_path, capsys):
+    """When they were written does not matter, nor a seed that nothing is drawn with; the tokenizer's bytes do."""
+    model = shutil.copytree(weights("owl2"), tmp_path / "model")
+    task(easy, tmp_path / "run", "--weights", model)
+    for path in model.iterdir():
+        os.utime(path, (1, 1))
+    task(easy, tmp_path / "run", "--weights", model, "--seed", 3)
+    (model / "tokenizer_config.json").write_text('{"legacy": true }')
+    sentence = refused(task, capsys, easy, tmp_path / "run", "--weights", model)
+    assert "(sha256 of tokenizer_config.json: " in sentence and sentence.count("sha256") == 1
+
+
+def test_a_shuffles_seed_is_a_setting(task, easy, tmp_path, capsys):
+    task(easy, tmp_path / "run", "--images", "shuffled")
+    assert "seed: 0, now 3" in refused(task, capsys, easy, tmp_path / "run", "--images", "shuffled", "--seed", 3)
+
+
+def test_a_run_without_answers_may_begin_anew(task, easy, finished):
+    for path in finished.glob("answers*"):
+        path.unlink()
+    task(easy, finished, "--max-new-tokens", 3)
+    assert json.loads((finished / "run.json").read_text())["settings"]["max_new_tokens"] == 3
+
+
+def test_two_runs_in_one_folder_are_refused(task, easy, finished, capsys):
+    with record.lock(finished):
+        assert "a run is at work in" in refused(task, capsys, easy, finished)
+    task(easy, finished)
+
+
+def test_another_folder_is_left_alone(task, easy, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert "no run.json" in refused(task, capsys, easy, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 SPOILT = {
     "no record": (lambda run: (run / "run.json").unlink(), "no run.json"),
     "a broken record": (lambda run: (run / "run.json").write_text("{"), "not valid JSON"),
+    "a deep record": (lambda run: (run / "run.json").write_text('{"a":' * 100_000), "not valid JSON"),
     "an empty record": (lambda run: (run / "run.json").write_text("{}"), "not of a run"),
     "a broken line": (lambda run: (run / "answers-0.jsonl").write_text('{"id": "0"\n'), "line 1 is not an answer"),
     "no answer": (lambda run: (run / "answers-0.jsonl").write_text('{"id": "0"}\n'), "line 1 is not an answer"),
@@ -643,18 +782,62 @@ def test_a_file_in_the_folders_place_is_one_sentence(task, easy, tmp_path, capsy
     assert "should be a folder" in refused(task, capsys, easy, tmp_path / "file")
 
 
-def test_a_broken_image_is_one_sentence_and_the_rest_stays(task, easy, tmp_path, capsys):
-    """Once it is mended, the run goes on."""
-    path = easy / "test" / "images" / "4.png"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:60])
+def test_broken_images_are_named_and_all_else_is_answered(task, easy, tmp_path, capsys):
+    """Once they are mended, the run goes on."""
+    paths = [easy / "test" / "images" / f"{i}.png" for i in (1, 4, 5, 8)]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:60])
     try:
-        assert "4.png" in refused(task, capsys, easy, tmp_path / "run", "--batch", 2)
+        sentence = refused(task, capsys, easy, tmp_path / "run", "--batch", 2)
     finally:
-        path.write_bytes(whole)
-    n = len(lines(tmp_path / "run"))
+        for path, content in zip(paths, whole):
+            path.write_bytes(content)
+    assert "4 of the images cannot be read" in sentence and "once they are mended, the same command goes on" in sentence
+    assert sum(str(path) in sentence for path in paths) == 3
+    asked = {json.loads(line)["id"] for line in lines(tmp_path / "run")}
+    assert asked == {str(i) for i in range(25) if (i * 7) % 10 not in (1, 4, 5, 8)}
     task(easy, tmp_path / "run")
-    assert 0 <= n < 25 == len(lines(tmp_path / "run"))
+    assert len(lines(tmp_path / "run")) == 25
+
+
+def test_what_is_wrong_with_an_image_names_it(folder):
+    with pytest.raises(ValueError, match="^question 'q7': Cannot read the image: not an image"):
+        with opened(b"x", folder, "q7"):
+            pass
+    with pytest.raises(ValueError, match="red.png: too long$"):
+        with opened("red.png", folder, "q7") as image:
+            assert image.size == (SIZE, SIZE)
+            raise ValueError("too long")
+
+
+def test_blank_images_are_read_by_nobody(task, easy, tmp_path, monkeypatch):
+    monkeypatch.setattr(answer, "load_image", None)
+    task(easy, tmp_path / "run", "--images", "blank")
+    assert "<img" not in (tmp_path / "run" / "index.html").read_text()
+
+
+def test_a_full_memory_is_one_sentence(task, easy, monkeypatch, capsys):
+    monkeypatch.setattr(answer, "ask", lambda *_: torch.empty(1 << 50))
+    assert "the memory of cpu is full: try a smaller --batch" in refused(task, capsys, easy, None)
+
+
+def test_other_errors_are_shown_in_full(task, easy, monkeypatch):
+    monkeypatch.setattr(answer, "ask", lambda *_: torch.ones(2) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="must match"):
+        task(easy, None)
+
+
+@pytest.mark.parametrize("bits, why", [((), ""), (("--quantize", "int8"), "on a CPU they are fast in bfloat16 only\n")])
+def test_what_is_said_of_fewer_bits_and_done_for_float32(folder, monkeypatch, capsys, bits, why):
+    """On a CPU they are slow in float32; on CUDA float32 is not to be rounded."""
+    (folder / "data.json").write_text(json.dumps([row(None, "Say it", "it")]))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    words = ["evaluate.py", "--data", str(folder / "data.json"), "--device", "cpu", "--precision", "fp32", *bits]
+    monkeypatch.setattr(sys, "argv", words)
+    evaluate.main()
+    said = capsys.readouterr().err
+    assert (said.endswith(why) if why else said == "") and not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
@@ -662,7 +845,7 @@ def test_a_broken_image_is_one_sentence_and_the_rest_stays(task, easy, tmp_path,
     [
         (("--task", "easy-vqa"), "--folder"),
         (("--task", "easy-vqa", "--folder", "nowhere"), "https://pypi.org/project/easy-vqa"),
-        (("--task", "coco", "--folder", "nowhere", "--max-new-tokens", "4"), "not for coco"),
+        (("--task", "coco", "--folder", "nowhere", "--max-new-tokens", "4"), "should be 8 or more for coco"),
         (("--task", "coco", "--folder", "nowhere", "--loss"), "--loss"),
         (("--data", "x.json", "--folder", "nowhere"), "--folder is for --task"),
         (("--ratings", "nowhere.json"), "nowhere.json"),
@@ -726,7 +909,11 @@ def test_thumbnails_are_small_bounded_and_of_every_group(folder):
     chosen = pick(results, 24, seed=1)
     assert len(chosen) == 24 and sum(question.group == "small" for question, _, _ in chosen) == 3
     assert chosen == pick(results, 24, seed=1) != pick(results, 24, seed=2)
-    html = page("t", {"n": 1.0}, results, {}, folder, 1)
+    many = [(Question(str(i), "?", [], "a", f"group {i // 3}"), "a", 1.0) for i in range(90)]
+    groups = [{question.group for question, _, _ in pick(many, 24, seed)} for seed in range(5)]
+    assert all(len(names) == 24 for names in groups) and len(set().union(*groups)) == 30
+    html = page("t", {"n": 1.0, "m": 1234}, results, {}, folder, 1)
+    assert "<td>1.00</td>" in html and "<td>1,234</td>" in html
     thumbnails = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", html)
     assert len(thumbnails) == 24
     assert {load_image(base64.b64decode(text)).size for text in thumbnails} == {(240, 80)}
@@ -805,8 +992,38 @@ def test_the_rating_page_tells_nobody_whose_answer_it_is(task, owleval, tmp_path
     assert len(sides) > 2
 
 
+@pytest.mark.parametrize("name", ["answer/mPLUG_Owl_7b_answer.jsonl", None, "too few"])
+def test_the_published_answers_are_looked_for_before_anything_is_asked(
+    task, owleval, tmp_path, monkeypatch, capsys, name
+):
+    place = shutil.copytree(owleval, tmp_path / "owleval")
+    published = (place / "answers_mplug_owl_7b.jsonl").read_text().splitlines(keepends=True)
+    if name == "too few":
+        (place / "answers_mplug_owl_7b.jsonl").write_text("".join(published[:4]))
+        monkeypatch.setattr(evaluate, "load_model", None)
+        sentence = refused(task, capsys, place, tmp_path / "run", task="owleval")
+        assert sentence.endswith("answers_mplug_owl_7b.jsonl has no answer to question 5")
+        assert not (tmp_path / "run").exists()
+        return
+    (place / "answers_mplug_owl_7b.jsonl").unlink()
+    if name:
+        (place / name).parent.mkdir()
+        (place / name).write_text("".join(published))
+    said = []
+    monkeypatch.setattr(answer, "ask", lambda *words: said.append(capsys.readouterr().err) or ["OURS"] * len(words[2]))
+    task(place, tmp_path / "run", "--max-new-tokens", 8, task="owleval")
+    assert (tmp_path / "run" / "rate.html").exists() == bool(name)
+    assert ("there will be no page to rate" in said[0] and "answer/mPLUG_Owl_7b_answer.jsonl" in said[0]) == (not name)
+
+
+def test_a_rating_page_saves_where_there_is_no_storage():
+    """A browser that refuses it throws: what saves stands before."""
+    assert report.SCRIPT.index("form.onsubmit") < report.SCRIPT.index("try {") < report.SCRIPT.index("localStorage")
+    assert report.SCRIPT.rstrip().endswith("} catch {}")
+
+
 RATINGS = [
-    {"id": "1", "ability": "a,b", "ours": "A", "published": "D"},
+    {"id": "1", "ability": "a, b", "ours": "A", "published": "D"},
     {"id": "2", "ability": "a", "ours": "B", "published": "A"},
     {"id": "3", "ability": "b,f", "ours": "C", "published": None},
 ]
@@ -838,6 +1055,7 @@ def test_ratings_are_counted(tmp_path, monkeypatch, capsys):
         ({"ours": "E"}, "ours should be one of A, B, C, D"),
         ({"ours": 3}, "ours should be a text"),
         ({"ability": None}, "ability should be a text"),
+        ({"id": "1"}, "question '1' is there twice"),
     ],
 )
 def test_ratings_of_nobody_are_one_sentence(tmp_path, change, words):

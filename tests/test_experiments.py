@@ -16,12 +16,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
-import runs  # noqa: E402
+import lab as experiment  # noqa: E402
 from answer import ask  # noqa: E402
 from data.image import load_image, to_pixels  # noqa: E402
 from data.text import Tokenizer  # noqa: E402
 from model import PRESETS, Owl  # noqa: E402
-from runs import Lab, Variant  # noqa: E402
+from lab import Lab, Variant  # noqa: E402
 from weights import load_model, save_model  # noqa: E402
 
 TOKENIZER = ROOT / "checkpoints" / "tiny-owl2" / "tokenizer.model"
@@ -57,7 +57,7 @@ def text_half(state: dict) -> dict:
 
 
 def test_a_run_begins_with_what_is_given(given):
-    model = runs.start_model(given / "language", given / "vision", Variant(n_query=5), seed=0)
+    model = experiment.start_model(given / "language", given / "vision", Variant(n_query=5), seed=0)
     assert model.config.n_query == 5
     for part, source in (("vit", "vision"), ("llama", "language")):
         expected = getattr(load_model(given / source), part).state_dict()
@@ -68,7 +68,7 @@ def test_a_run_begins_with_what_is_given(given):
 
 def test_the_seed_draws_the_abstractor_alone(given):
     one, same, other = (
-        runs.start_model(given / "language", given / "vision", Variant(), seed).state_dict() for seed in (0, 0, 1)
+        experiment.start_model(given / "language", given / "vision", Variant(), seed).state_dict() for seed in (0, 0, 1)
     )
     assert all(torch.equal(one[key], same[key]) for key in one)
     changed = {key for key in one if not torch.equal(one[key], other[key])}
@@ -79,8 +79,8 @@ def test_the_seed_draws_the_abstractor_alone(given):
 def test_without_the_module_is_the_text_half(given):
     """And so the same language model, as long as there are no image words."""
     variant = Variant(adaptive=False)
-    plain = runs.start_model(given / "language", given / "vision", variant, seed=0)
-    full = runs.start_model(given / "language", given / "vision", Variant(), seed=0)
+    plain = experiment.start_model(given / "language", given / "vision", variant, seed=0)
+    full = experiment.start_model(given / "language", given / "vision", Variant(), seed=0)
     expected, state = text_half(full.llama.state_dict()), plain.llama.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state)
@@ -90,7 +90,7 @@ def test_without_the_module_is_the_text_half(given):
 
 
 def test_a_model_without_the_module_is_saved_and_loaded(given, tmp_path):
-    plain = runs.start_model(given / "language", given / "vision", Variant(adaptive=False), seed=0)
+    plain = experiment.start_model(given / "language", given / "vision", Variant(adaptive=False), seed=0)
     save_model(plain, tmp_path / "plain")
     again = load_model(tmp_path / "plain")
     assert not again.config.llama.adaptive
@@ -103,7 +103,7 @@ def test_a_model_without_the_module_is_saved_and_loaded(given, tmp_path):
 def test_patches_are_image_words(given, tmp_path):
     """Through one Linear, without the class token; and read back by what evaluates and trains them."""
     variant = Variant(n_query=64, patches=True)
-    owl = runs.start_model(given / "language", given / "vision", variant, seed=0).eval()
+    owl = experiment.start_model(given / "language", given / "vision", variant, seed=0).eval()
     images = torch.randn(2, 3, 64, 64)
     words = owl.encode_images(images)
     assert words.shape == (2, owl.config.image_words, 128)
@@ -132,14 +132,14 @@ def test_every_variant_has_a_name_of_its_own():
         "patches": (False, True),
         "image_size": (64, 32),
         "adaptive": (True, False),
-        "vit": tuple(runs.VIT),
-        "data": tuple(runs.DATA),
+        "vit": tuple(experiment.VIT),
+        "data": tuple(experiment.DATA),
         "lora": (False, True),
     }
     variants = [Variant(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
     assert len({variant.stage2 for variant in variants}) == len(variants)
     # ... and stage 1 is shared by those that differ in stage 2 alone
-    assert len({variant.stage1 for variant in variants}) == len(variants) / len(runs.DATA) / 2
+    assert len({variant.stage1 for variant in variants}) == len(variants) / len(experiment.DATA) / 2
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_shares_are_percent_of_the_rows_asked_for(lab):
 
 def test_table_says_mean_and_deviation():
     rows = {"a": {"x": [1.0, 2.0, 3.0], "y": [10.0, 10.0, 10.0]}, "b": {"x": [4.0, 4.0, 5.5], "y": [0.0, 0.0, 0.0]}}
-    assert runs.table("which", rows).splitlines() == [
+    assert experiment.table("which", rows).splitlines() == [
         "| which | x | y |",
         "|---|---|---|",
         "| a | 2.0 ± 1.0 | 10.0 ± 0.0 |",
@@ -242,12 +242,12 @@ def test_table_says_mean_and_deviation():
 
 
 def test_one_seed_has_no_deviation():
-    assert runs.spread([12.34]) == "12.3"
+    assert experiment.spread([12.34]) == "12.3"
 
 
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    runs.draw(tmp_path / "a.png", "title", {"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0, 4.0]}}, "% right")
+    experiment.draw(tmp_path / "a.png", "title", {"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0, 4.0]}}, "% right")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -271,7 +271,7 @@ def test_an_experiment_stopped_and_run_to_its_end(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lab/language.run.json").stat().st_mtime_ns == language
-    for data in runs.DATA:
+    for data in experiment.DATA:
         assert f"| {data}, with |" in done.stdout and f"| {data}, without |" in done.stdout
     assert all((tmp_path / "lab" / name).exists() for name in ("adaptive.md", "adaptive.png", "interference.png"))
     made = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "lab").rglob("*.safetensors")}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.image import load_image
 from data.text import IMAGE_MARK
+from metrics import cider
 from tasks import MME, PICK, SHORT, TASKS, Question, Row, letter, read_lines, read_table
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tasks"
@@ -70,7 +71,7 @@ def read(folder):
 def results(task, questions, answers):
     """What summarise takes."""
     assert len(questions) == len(answers)
-    return [(q, a, TASKS[task].score_one(a, q)) for q, a in zip(questions, answers)]
+    return list(zip(questions, answers, TASKS[task].score(answers, questions)))
 
 
 def summary(task, questions, answers):
@@ -99,8 +100,10 @@ def test_what_holds_for_every_task(folder, name):
         assert (question.choices is not None) == (task.max_new_tokens == 0)
         for image in question.images:
             assert load_image(image if isinstance(image, bytes) else place / image).size == (2, 2)
-        score = task.score_one("B", question)
+        (score,) = task.score(["B"], [question])
         assert score is None or 0 <= score <= 1
+        released = "single word or phrase." in question.prompt or "one-sentence caption" in question.prompt
+        assert question.space == released  # for which the released scripts have a space after "ASSISTANT:"
     numbers = summary(name, questions, ["a kite over a beach"] * len(questions))
     assert numbers and all(isinstance(number, int | float) for number in numbers.values())
 
@@ -220,9 +223,9 @@ def test_a_name_that_no_file_can_have_is_one_sentence(folder, name):
 
 def test_vqav2(read):
     kite, wind = read("vqav2")
-    assert kite == Question(
-        "42000", f"<image>What colour is the kite? {SHORT}", [COCO_42], ["red"] * 7 + ["pink"] * 3, "other"
-    )
+    truth = ["red"] * 7 + ["pink"] * 3
+    prompt = f"<image>What colour is the kite? {SHORT}"
+    assert kite == Question("42000", prompt, [COCO_42], truth, "other", space=True)
     assert wind.truth == ["yes"] * 10 and wind.group == "yes/no"
     numbers = summary("vqav2", [kite, wind], ["Red.", "no"])
     assert numbers == {"accuracy": 50.0, "accuracy, other": 100.0, "accuracy, yes/no": 0.0}
@@ -262,7 +265,7 @@ def test_the_other_open_tasks(read):
 def test_gqa_and_easy_vqa_count_exact_matches(read):
     sky, bench = read("gqa")
     assert (sky.id, sky.images, sky.truth, sky.group) == ("201", ["images/n9.jpg"], "no", "verify")
-    assert [TASKS["gqa"].score_one(answer, sky) for answer in ("No.", " no ", "not", "yes")] == [1, 1, 0, 0]
+    assert TASKS["gqa"].score(["No.", " no ", "not", "yes"], [sky] * 4) == [1, 1, 0, 0]
     numbers = summary("gqa", [sky, bench], ["no", "bench"])
     assert numbers == {"accuracy": 50.0, "accuracy, query": 0.0, "accuracy, verify": 100.0}
     shape, red = read("easy-vqa")
@@ -276,11 +279,14 @@ def test_captions_are_those_of_the_test_split(read):
     assert kite.images == [COCO_42] and kite.truth == ["A red kite over a beach.", "Somebody flies a kite."]
     (sofa,) = read("flickr30k")
     assert sofa.images == ["flickr30k-images/99.jpg"] and sofa.truth == ["Two men carry a sofa."]
-    assert TASKS["coco"].score_one("a kite", kite) is None
     other = Question("9", kite.prompt, kite.images, ["Two men carry a sofa up some stairs."])
     right = summary("coco", [kite, other], ["a red kite over a beach", "two men carry a sofa up some stairs"])
     wrong = summary("coco", [kite, other], ["a donkey", "a crane"])
     assert right["CIDEr"] > 100 > wrong["CIDEr"] == 0.0
+    captions, truths = ["a red kite", "two men"], [kite.truth, other.truth]
+    corpus, each = cider(captions, truths)
+    assert TASKS["coco"].score(captions, [kite, other]) == each and each[0] > each[1] > 0
+    assert summary("coco", [kite, other], captions) == pytest.approx({"CIDEr": 100 * corpus})
 
 
 def test_owleval_is_for_people_to_rate(read):
@@ -399,7 +405,10 @@ def test_mme(read):
     places = {q.group: q.images[0] for q in questions if q.group in ("OCR", "scene", "artwork")}
     assert (places["OCR"], places["scene"]) == ("OCR/0001.png", "scene/images/0001.jpg")
     assert places["artwork"] == "artwork/images/toy_dataset/0001.jpg"  # as in some copies of the release
-    score = TASKS["mme"].score_one
+
+    def score(answer, question):
+        return TASKS["mme"].score([answer], [question])[0]
+
     assert [score(a, kite) for a in ("Yes", "yes, it", " YES.", "A yes", "no", "I say yes")] == [1, 1, 1, 0, 0, 0]
     blue = next(question for question in questions if question.id == "color/0002/1")
     assert [score(a, blue) for a in ("No", "no.", "Not", "None", "A no", "yes", "")] == [1, 1, 1, 1, 1, 0, 0]
@@ -429,7 +438,10 @@ def test_pope(read):
     questions = read("pope")
     assert questions[0].prompt == f"<image>Is there a kite in the image? {SHORT}"
     assert [q.id for q in questions[:3]] == ["random/1", "random/2", "popular/1"]
-    score = TASKS["pope"].score_one
+
+    def score(answer, question):
+        return TASKS["pope"].score([answer], [question])[0]
+
     no = ("No", "no", "No, there is", "There is not any.", "There is no kite")
     assert [score(answer, questions[1]) for answer in no] == [1.0] * 5
     yes = ("Yes", "yes.", "Yes. There is no cat.", "Maybe", "Nothing", "")
