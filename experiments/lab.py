@@ -8,14 +8,20 @@ once from the drawn world of data/shapes:
       | train_stage1.py, 2,000 steps     vision     a vision tower; all else that this run learns is left behind
       v
     start      both, and an abstractor of random weights: the seed's
-      | train_stage1.py                  seed0/queries8          captions
-      | train_stage2.py                  seed0/queries8-both     questions about images, of the text part, or both
+      | train_stage1.py                  seed1/queries8          captions
+      | train_stage2.py                  seed1/queries8-both     questions about images, of the text part, or both
       v
-    evaluate.py                          seed0/queries8-both-test.jsonl: test, text_test or conflict
+    evaluate.py                          seed1/queries8-both-test.jsonl: test, text_test or conflict
 
-A seed decides the abstractor's first weights and the order of the samples, in both stages. A run's name says what it
-is, so experiments that want the same run share it. Each command is run once: beside what it makes lie NAME.log, what it
-printed, and NAME.run.json, the command. What was stopped or killed goes on where it was.
+A seed (1, 2, 3) decides the abstractor's first weights, the same for all variants that have them, and the order of the
+samples in both stages. World, language model and tower are the same for all, and so are the test's questions: what the
+tables call deviation covers none of these. Rates and numbers of steps were found by trial on the baseline, looking at the
+test files, and for no other variant. Runs are short: after 200 steps of stage 1 and 300 of stage 2 all still learn, so
+the tables compare how fast as much as how well.
+
+A run's name says what it is, so experiments that want the same run share it. Each command is run once: beside what it
+makes lie NAME.log, what it printed, and NAME.run.json: the command, versions, device. What was stopped or killed goes on
+from its last checkpoint.
 """
 
 import argparse
@@ -29,39 +35,50 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from cost import train_flops  # noqa: E402
 from evaluate import normal  # noqa: E402
 from launch import fail  # noqa: E402
-from model import PRESETS, Owl  # noqa: E402
+from model import PRESETS, Owl, init_weights  # noqa: E402
 from patches import Patches  # noqa: E402
-from weights import load_model, save_model, write_json  # noqa: E402
+from weights import load_model, read_json, save_model, write_json  # noqa: E402
 
+DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 VOCAB_SIZE = 640  # of data/shapes' tokenizer
-KINDS = ("color", "shape", "count", "relation", "size", "compare", "there", "word")  # of data/shapes' questions
+KINDS = {  # of data/shapes' questions
+    "test": ("color", "shape", "count", "relation", "size", "compare", "there", "word"),
+    "text_test": ("fact", "named", "sum", "told"),
+}
 COLOURS = ("#1f5fa8", "#d1602b", "#2f8f5b")
 
 # Found by trial: enough that a run learns, few enough that it takes minutes on one core.
-COMMON = ["--batch", "32", "--micro", "32", "--crop-scale", "0"]
-STAGE1 = ["--warmup", "100", "--lr", "1.5e-3", "--min-lr", "1e-4"]
+COMMON = ["--batch", "32", "--micro", "32", "--crop-scale", "0", "--save-every", "100"]
+STAGE1 = ["--lr", "1.5e-3", "--min-lr", "1e-4"]
 STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
-N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 300, 400
+N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 200, 300
 LORA = ["--lora-rank", "8", "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
 VIT = {
     "trained": ["--vit-lr-decay", "1"],
-    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06, as that of CLIP's 24 at 0.9
+    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06; that of CLIP's 24, at 0.9, at 0.08
     "frozen": ["--vit-lr-decay", "1", "--freeze-vit"],
 }
-DATA = {"text": ["text.json:1"], "image": ["train.json:1"], "both": ["train.json:1", "text.json:1"]}
+DATA = {  # of stage 2; "none": there is none, and stage 1's model is tested
+    "none": [],
+    "text": ["text.json:1"],
+    "image": ["train.json:1"],
+    "both": ["train.json:1", "text.json:1"],
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,8 @@ class Variant:
 
     @property
     def stage2(self) -> str:
+        if self.data == "none":
+            return self.stage1
         return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "")
 
     @property
@@ -114,14 +133,12 @@ class Lab:
     """A folder of runs, and how they are made in it."""
 
     def __init__(self, args: argparse.Namespace):
-        self.out, self.jobs, self.seeds = args.out, args.jobs, range(args.seeds)
+        self.out, self.jobs, self.seeds = args.out, args.jobs, range(1, args.seeds + 1)
         self.n_image, self.scale = args.images, args.scale
+        self.lock: TextIO | None = None  # of the folder
         self.locks: dict[str, threading.Lock] = {}  # by name of what is made: two runs may want it at once
         self.children: set[subprocess.Popen] = set()
         self.stopped = threading.Event()
-
-    def lock(self, name: str) -> threading.Lock:
-        return self.locks.setdefault(name, threading.Lock())
 
     def steps(self, n: int) -> list[str]:
         return ["--steps", str(max(1, round(n * self.scale)))]
@@ -129,19 +146,20 @@ class Lab:
     def once(self, name: str, script: str, *flags: str) -> None:
         """Runs a script of this repository in the lab's folder, unless that was done. ValueError if it fails, or if
         what is there was made otherwise."""
-        with self.lock(name):
+        with self.locks.setdefault(name, threading.Lock()):
             note, command = self.out / f"{name}.run.json", [script, *flags]
             if note.exists():
-                before = json.loads(note.read_text())
-                if before["command"] != command:
+                before = read_json(note)
+                if before.get("command") != command:
                     raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
-                if before["done"]:
+                if before.get("done"):
                     return
             note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"command": command, "done": False})
+            content = {"command": command, "torch": torch.__version__, "device": DEVICE, "owlet": commit()}
+            write_json(note, content | {"done": False})
             if self.call(command, self.out / f"{name}.log") != 0:
                 raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
-            write_json(note, {"command": command, "done": True})
+            write_json(note, content | {"done": True})
 
     def call(self, command: list[str], log: Path) -> int:
         """Runs a script, and waits for its exit code."""
@@ -149,7 +167,9 @@ class Lab:
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
         with open(log, "ab") as file:
             argv = [sys.executable, str(ROOT / script), *flags]
-            child = subprocess.Popen(argv, cwd=self.out, env=env, stdout=file, stderr=file)
+            # With the folder's lock, which it holds on if this process is killed and it is not.
+            fds = [self.lock.fileno()] if self.lock else []
+            child = subprocess.Popen(argv, cwd=self.out, env=env, stdout=file, stderr=file, pass_fds=fds)
         self.children.add(child)
         if self.stopped.is_set():  # after `all` has gone over the children
             child.terminate()
@@ -189,19 +209,22 @@ class Lab:
 
     def vision(self) -> None:
         data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        flags = ["--weights", "language", *BASELINE.flags, *data, *STAGE1, *self.steps(N_STEP_VISION)]
+        flags = ["--weights", "language", *BASELINE.flags, *data, *STAGE1, "--warmup", "100", *self.steps(N_STEP_VISION)]
         self.train(1, BASELINE, "vision", *flags)
 
     def stage1(self, variant: Variant, seed: int) -> None:
         name = f"seed{seed}/{variant.stage1}"
         start = self.out / f"{name}-start"
-        with self.lock(f"{name}-start"):
+        with self.locks.setdefault("start", threading.Lock()):  # of all: chance is drawn from one generator
             if not (start / "model.safetensors.index.json").exists():  # which save_model writes last
                 save_model(start_model(self.out / variant.language, self.out / "vision", variant, seed), start)
         data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
-        self.train(1, variant, name, *data, *variant.flags, *STAGE1, *self.steps(N_STEP_1), "--seed", str(seed))
+        flags = [*variant.flags, *STAGE1, "--warmup", "50", *self.steps(N_STEP_1), "--seed", str(seed)]
+        self.train(1, variant, name, *data, *flags)
 
     def stage2(self, variant: Variant, seed: int) -> None:
+        if variant.data == "none":
+            return
         mix = [f"world/{source}" for source in DATA[variant.data]]
         data = ["--weights", f"seed{seed}/{variant.stage1}", "--mix", *mix]
         flags = [*variant.flags, *STAGE2, *(LORA if variant.lora else ["--lora-rank", "0"])]
@@ -226,9 +249,9 @@ class Lab:
     def run(self, variants: list[Variant], tests: tuple[str, ...] = ("test", "text_test")) -> None:
         """All runs of all seeds. Raises ValueError, OSError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "lock", "w") as lock:
+        with open(self.out / "lock", "w") as self.lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another experiment is at work in {self.out}: wait for it") from None
             self.all([partial(self.chain, variant, seed, tests) for seed in self.seeds for variant in variants])
@@ -238,13 +261,33 @@ class Lab:
         path = self.out / f"seed{seed}/{variant.stage2}-{test}.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    def shares(self, variant: Variant, test: str, said: str = "truth", **only: object) -> list[float]:
-        """For each seed: of how many percent of a test's questions the answer is `said`. only: what rows must be."""
+    def shares(self, variant: Variant, test: str, key: str = "truth", **only: object) -> list[float]:
+        """For each seed: of how many percent of a test's rows the answer is row[key]. only: what the rows must be."""
         shares = []
         for seed in self.seeds:
             rows = [row for row in self.rows(variant, seed, test) if only.items() <= row.items()]
-            shares.append(100 * statistics.mean(normal(row["answer"]) == normal(row[said]) for row in rows))
+            shares.append(percent(said(row, key) for row in rows))
         return shares
+
+
+def said(row: dict, key: str) -> bool:
+    """Whether the answer is what the row has under that key."""
+    return normal(row["answer"]) == normal(row[key])
+
+
+def percent(counts: Iterable[bool]) -> float:
+    """How many of them, nan of none."""
+    counts = list(counts)
+    return 100 * sum(counts) / len(counts) if counts else math.nan
+
+
+def commit() -> str | None:
+    """Of this repository, if it is one."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def make_owl(variant: Variant) -> Owl:
@@ -253,6 +296,7 @@ def make_owl(variant: Variant) -> Owl:
     config.llama.vocab_size = VOCAB_SIZE
     config.llama.adaptive &= variant.adaptive
     config.abstractor.n_query = variant.n_query
+    config.resize(variant.image_size)
     owl = Owl(config)
     if variant.patches:
         owl.abstractor = Patches(config.abstractor)
@@ -260,12 +304,13 @@ def make_owl(variant: Variant) -> Owl:
 
 
 def start_model(language: Path, vision: Path, variant: Variant, seed: int) -> Owl:
-    """The given language model and vision tower, with an abstractor of random weights.
+    """The given language model and vision tower, with an abstractor of the seed's random weights; for 64 pixels.
 
     The image half of the modality-adaptive module is a copy of the text half, as stage 0 leaves it.
     """
+    owl = make_owl(replace(variant, image_size=64))
     torch.manual_seed(seed)
-    owl = make_owl(variant).init_weights()
+    init_weights(owl.abstractor)
     words, sight = load_model(language), load_model(vision)
     owl.vit.load_state_dict(sight.vit.state_dict())
     state = words.llama.state_dict()
@@ -319,26 +364,48 @@ def draw(path: Path, title: str, rows: dict[str, dict[str, list[float]]], unit: 
 
 
 def scores(lab: Lab, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """Accuracy in percent, for each seed: on images, those of them with unseen pairs or words, and on the text part."""
+    """Accuracy in percent, for each seed: on images of seen and of unseen pairs and words, and on the text part."""
     return {
         name: {
-            "images": lab.shares(variant, "test"),
-            "unseen pairs": lab.shares(variant, "test", seen=False),
+            "seen": lab.shares(variant, "test", seen=True),
+            "unseen": lab.shares(variant, "test", seen=False),
             "text": lab.shares(variant, "text_test"),
         }
         for name, variant in variants.items()
     }
 
 
-def by_kind(lab: Lab, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """The same of each kind of question about images."""
+def by_kind(lab: Lab, variants: dict[str, Variant], test: str) -> dict[str, dict[str, list[float]]]:
+    """The same of each kind of question of a test."""
     return {
-        name: {kind: lab.shares(variant, "test", kind=kind) for kind in KINDS} for name, variant in variants.items()
+        name: {kind: lab.shares(variant, test, kind=kind) for kind in KINDS[test]} for name, variant in variants.items()
     }
 
 
+def costs(variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
+    """What each takes: its image words, and the MFLOPs of training on one image and 100 words (20 of them answers)."""
+    rows = {}
+    for name, variant in variants.items():
+        with torch.device("meta"):
+            owl = make_owl(variant)
+        flops = train_flops(owl, 1, [owl.config.image_words + 100], 20)
+        rows[name] = {"words of an image": [owl.config.image_words], "MFLOP a sample": [flops / 1e6]}
+    return rows
+
+
+def compare(lab: Lab, name: str, head: str, title: str, variants: dict[str, Variant]) -> None:
+    """Runs the variants, and writes their tables and picture."""
+    lab.run(list(variants.values()))
+    rows = scores(lab, variants)
+    kinds = (table(head, by_kind(lab, variants, test)) for test in KINDS)
+    write(lab, name, table(head, rows), *kinds, table(head, costs(variants)))
+    draw(lab.out / f"{name}.png", title, rows, "% right")
+
+
 def write(lab: Lab, name: str, *tables: str) -> None:
-    text = "\n\n".join(tables) + "\n"
+    about = f"Percent right: mean ± standard deviation over {len(lab.seeds)} seeds; {lab.n_image:,} training images, "
+    about += f"{lab.scale:g} times the usual steps; {DEVICE}, torch {torch.__version__}, owlet {commit()}"
+    text = "\n\n".join([about, *tables]) + "\n"
     (lab.out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -350,7 +417,7 @@ def experiment(doc: str, run: Callable[[Lab], None]) -> None:
     """A script's main: run(lab), with what a person can get wrong said in one sentence, and exit code 2."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments", help="folder (default: %(default)s)")
-    p.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N - 1 (default: %(default)s)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="1 to N (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores, %(default)s)")
     p.add_argument("--images", type=int, default=8000, metavar="N", help="of the world (default: %(default)s)")
     p.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps: 0.01 to try it (default: 1)")
@@ -362,10 +429,14 @@ def experiment(doc: str, run: Callable[[Lab], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        import matplotlib  # noqa: F401 (now, rather than hours later)
+
         if args.seeds < 1 or args.jobs < 1 or not 0 < args.scale < math.inf:
             raise ValueError("--seeds and --jobs must be 1 or more, --scale above 0")
         args.out = args.out.resolve()
         run(Lab(args))
+    except ModuleNotFoundError as error:
+        fail(ValueError(f"{error}: pip install {error.name}"))
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt as interrupt:

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -57,8 +58,8 @@ def text_half(state: dict) -> dict:
 
 
 def test_a_run_begins_with_what_is_given(given):
-    model = experiment.start_model(given / "language", given / "vision", Variant(n_query=5), seed=0)
-    assert model.config.n_query == 5
+    model = experiment.start_model(given / "language", given / "vision", Variant(n_query=5, image_size=32), seed=0)
+    assert (model.config.n_query, model.config.image_size) == (5, 64)  # the stages resize it
     for part, source in (("vit", "vision"), ("llama", "language")):
         expected = getattr(load_model(given / source), part).state_dict()
         state = getattr(model, part).state_dict()
@@ -74,6 +75,8 @@ def test_the_seed_draws_the_abstractor_alone(given):
     changed = {key for key in one if not torch.equal(one[key], other[key])}
     assert "abstractor.queries" in changed
     assert all(key.startswith("abstractor.") for key in changed)
+    plain = experiment.start_model(given / "language", given / "vision", Variant(adaptive=False), 1).state_dict()
+    assert all(torch.equal(other[key], plain[key]) for key in changed)  # variants of one seed begin alike
 
 
 def test_without_the_module_is_the_text_half(given):
@@ -133,13 +136,14 @@ def test_every_variant_has_a_name_of_its_own():
         "image_size": (64, 32),
         "adaptive": (True, False),
         "vit": tuple(experiment.VIT),
-        "data": tuple(experiment.DATA),
+        "data": ("text", "image", "both"),
         "lora": (False, True),
     }
     variants = [Variant(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
     assert len({variant.stage2 for variant in variants}) == len(variants)
     # ... and stage 1 is shared by those that differ in stage 2 alone
-    assert len({variant.stage1 for variant in variants}) == len(variants) / len(experiment.DATA) / 2
+    assert len({variant.stage1 for variant in variants}) == len(variants) / 3 / 2
+    assert Variant(data="none").stage2 == Variant().stage1
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -158,7 +162,9 @@ def test_a_command_is_run_once(lab):
         lab.once("a/b", count, "x")
     assert (lab.out / "count").read_text() == "x"
     assert (lab.out / "a/b.log").read_text() == "said\n"
-    assert json.loads((lab.out / "a/b.run.json").read_text()) == {"command": [count, "x"], "done": True}
+    note = json.loads((lab.out / "a/b.run.json").read_text())
+    assert note.pop("device") and note.pop("owlet", "")
+    assert note == {"command": [count, "x"], "torch": torch.__version__, "done": True}
 
 
 def test_what_was_made_otherwise_is_not_taken_for_it(lab):
@@ -220,15 +226,15 @@ def test_shares_are_percent_of_the_rows_asked_for(lab):
         {"answer": "two", "truth": "two", "kind": "count", "seen": True, "text_answer": "one"},
         {"answer": "", "truth": "two", "kind": "count", "seen": True, "text_answer": "one"},
     ]
-    for seed, part in enumerate((rows, rows[:1])):
+    for seed, part in enumerate((rows, rows[:1]), start=1):
         (lab.out / f"seed{seed}").mkdir()
         text = "".join(json.dumps(row) + "\n" for row in part)
         (lab.out / f"seed{seed}/queries8-both-test.jsonl").write_text(text)
     assert lab.shares(Variant(), "test") == [50.0, 100.0]
     assert lab.shares(Variant(), "test", kind="color") == [50.0, 100.0]
-    assert lab.shares(Variant(), "test", said="text_answer") == [25.0, 0.0]
-    lab.seeds = range(1)
-    assert lab.shares(Variant(), "test", seen=False) == [0.0]
+    assert lab.shares(Variant(), "test", key="text_answer") == [25.0, 0.0]
+    unseen, none = lab.shares(Variant(), "test", seen=False)
+    assert unseen == 0.0 and math.isnan(none)
 
 
 def test_table_says_mean_and_deviation():
@@ -245,6 +251,35 @@ def test_one_seed_has_no_deviation():
     assert experiment.spread([12.34]) == "12.3"
 
 
+def test_costs_by_hand():
+    rows = experiment.costs({"4": Variant(n_query=4), "8": Variant(), "small": Variant(image_size=32)})
+    assert [rows[name]["words of an image"] for name in rows] == [[5], [9], [9]]
+    four, eight, small = (rows[name]["MFLOP a sample"][0] for name in rows)
+    assert four < eight > small
+
+
+def test_belief_counts_what_is_known_without_the_statement(lab):
+    sys.modules.pop("adaptive", None)
+    import adaptive
+
+    def write(name: str, rows: list[dict]) -> None:
+        path = lab.out / f"seed1/queries8-both-{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def row(image: int, kind: str, answer: str, **more: str) -> dict:
+        return {"images": [f"{image}.png"], "kind": kind, "answer": answer} | more
+
+    lab.seeds = [1]
+    alone = [row(i, "color", "red", truth="red") for i in range(4)] + [row(4, "color", "red", truth="blue")]
+    write("test", [*alone, row(5, "size", "big", truth="big")])
+    both = {"image_answer": "red", "text_answer": "green"}
+    answers = ("red", "red", "green", "white", "green")
+    conflicts = [row(i, "color", answer, **both) for i, answer in enumerate(answers)]
+    write("conflict", [*conflicts, row(5, "color", "red", **both)])  # of kinds and images that the other has not
+    assert adaptive.believed(lab, Variant()) == {"the image": [50.0], "the statement": [25.0], "neither": [25.0]}
+
+
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     experiment.draw(tmp_path / "a.png", "title", {"a": {"x": [1.0, 2.0]}, "b": {"x": [3.0, 4.0]}}, "% right")
@@ -259,7 +294,7 @@ def test_picture(tmp_path):
 def test_an_experiment_stopped_and_run_to_its_end(tmp_path):
     """A few steps of everything; SIGTERM in the middle of it, and then what is there is not made again."""
     command = [sys.executable, ROOT / "experiments" / "adaptive.py", "--out", tmp_path / "lab"]
-    command += ["--seeds", "1", "--scale", "0.003", "--images", "60"]
+    command += ["--seeds", "1", "--scale", "0.004", "--images", "60"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "lab/vision.run.json").exists():
         time.sleep(0.1)
