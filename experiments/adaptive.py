@@ -12,8 +12,8 @@ circle?"), of which those count that the same model answers rightly without it. 
 often the statement? (Wherever training has a statement it is true, so copying it is never punished there.)
 
 What else differs:
-- With the module, stage 1 also trains the image half of the decoder, 6 % of all parameters. Without, it trains nothing of
-  the decoder. So a difference may be this, and not that the two are kept apart.
+- With the module, stage 1 also trains the image half of the decoder, 6 % of all parameters. Without, it trains nothing
+  of the decoder. So a difference may be this, and not that the two are kept apart.
 - The given tower was trained through a decoder with the module, for both.
 - All train for the same number of steps. Of both, a run sees half as many samples of each as one on text or on images.
 """

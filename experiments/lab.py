@@ -15,13 +15,13 @@ once from the drawn world of data/shapes:
 
 A seed (1, 2, 3) decides the abstractor's first weights, the same for all variants that have them, and the order of the
 samples in both stages. World, language model and tower are the same for all, and so are the test's questions: what the
-tables call deviation covers none of these. Rates and numbers of steps were found by trial on the baseline, looking at the
-test files, and for no other variant. Runs are short: after 200 steps of stage 1 and 300 of stage 2 all still learn, so
-the tables compare how fast as much as how well.
+tables call deviation covers none of these. Rates and numbers of steps were found by trial on the baseline, looking at
+the test files, and for no other variant. Runs are short: after 200 steps of stage 1 and 300 of stage 2 all still learn,
+so the tables compare how fast as much as how well.
 
 A run's name says what it is, so experiments that want the same run share it. Each command is run once: beside what it
-makes lie NAME.log, what it printed, and NAME.run.json: the command, versions, device. What was stopped or killed goes on
-from its last checkpoint.
+makes lie NAME.log, what it printed, and NAME.run.json: the command, versions, device. What was stopped or killed goes
+on from its last checkpoint.
 """
 
 import argparse
@@ -70,7 +70,7 @@ N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 200, 300
 LORA = ["--lora-rank", "8", "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
 VIT = {
     "trained": ["--vit-lr-decay", "1"],
-    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06; that of CLIP's 24, at 0.9, at 0.08
+    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06; at 0.9, of 24, at 0.08
     "frozen": ["--vit-lr-decay", "1", "--freeze-vit"],
 }
 DATA = {  # of stage 2; "none": there is none, and stage 1's model is tested
@@ -209,8 +209,8 @@ class Lab:
 
     def vision(self) -> None:
         data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        flags = ["--weights", "language", *BASELINE.flags, *data, *STAGE1, "--warmup", "100", *self.steps(N_STEP_VISION)]
-        self.train(1, BASELINE, "vision", *flags)
+        flags = [*BASELINE.flags, *data, *STAGE1, "--warmup", "100", *self.steps(N_STEP_VISION)]
+        self.train(1, BASELINE, "vision", "--weights", "language", *flags)
 
     def stage1(self, variant: Variant, seed: int) -> None:
         name = f"seed{seed}/{variant.stage1}"
@@ -228,7 +228,8 @@ class Lab:
         mix = [f"world/{source}" for source in DATA[variant.data]]
         data = ["--weights", f"seed{seed}/{variant.stage1}", "--mix", *mix]
         flags = [*variant.flags, *STAGE2, *(LORA if variant.lora else ["--lora-rank", "0"])]
-        self.train(2, variant, f"seed{seed}/{variant.stage2}", *data, *flags, *self.steps(N_STEP_2), "--seed", str(seed))
+        flags += [*self.steps(N_STEP_2), "--seed", str(seed)]
+        self.train(2, variant, f"seed{seed}/{variant.stage2}", *data, *flags)
 
     def test(self, variant: Variant, seed: int, test: str) -> None:
         name = f"seed{seed}/{variant.stage2}"

@@ -2,9 +2,9 @@
 
     python experiments/linear.py                # 3 seeds: 9 runs of either stage, 3 or 6 of them shared with the others
 
-The Linear's owl has an image word for each of the 64 patches; it computes less before the decoder, and more in it. So it
-is set beside 8 queries, and beside as many queries as it has words. (The given tower was trained through an abstractor,
-which may favour that.)
+The Linear's owl has an image word for each of the 64 patches; it computes less before the decoder, and more in it. So
+it is set beside 8 queries, and beside as many queries as it has words. (The given tower was trained through an
+abstractor, which may favour that.)
 """
 
 from lab import Lab, Variant, compare, experiment

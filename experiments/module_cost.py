@@ -1,10 +1,11 @@
 """What does the modality-adaptive module cost? (Owl2 section 3.2)
 
-    python experiments/module_cost.py           # a minute or two on two cores
+    python experiments/module_cost.py           # a minute or two on two cores, printed as a table
 
 Parameters, FLOPs and memory of an Owl2-7B are counted (cost.py), for a training step on one image and 256 words, all
-trained, in bfloat16. The time of such a step, and of reading the same as a prompt, is measured on mid-owl2 in float32,
-with and without the module by turns. (bench.py generate has the time to read a longer prompt.)
+trained, in bfloat16; what gradients and AdamW take grows as the parameters do. The time of such a step without the
+optimizer's part, and of reading the same as a prompt, is measured on mid-owl2 in float32, with and without the module
+by turns. (bench.py generate has the time to read a longer prompt.)
 """
 
 import sys

@@ -2,9 +2,9 @@
 
     python experiments/resolution.py            # 3 seeds: 9 runs of either stage, 3 of them shared with the others
 
-The world is drawn at 64 pixels. At 32 small things blur; 96 shows nothing that 64 does not, but gives 144 patches instead
-of 64. The given tower has seen 64 only, and its position embeddings are interpolated for the others: what those lose may
-be that.
+The world is drawn at 64 pixels. At 32 small things blur; 96 shows nothing that 64 does not, but gives 144 patches
+instead of 64. The given tower has seen 64 only, and its position embeddings are interpolated for the others: what those
+lose may be that.
 """
 
 from lab import Lab, Variant, compare, experiment

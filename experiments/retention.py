@@ -3,8 +3,8 @@
     python experiments/retention.py             # 3 seeds: an Owl1's language model, 3 runs of stage 1, 6 of stage 2
 
 Stage 1 freezes the language model. Then stage 2 on images alone, which ask nothing of the text part: with adapters of
-rank 8 on q_proj and v_proj (and the abstractor, as the paper's abstract has it); with everything trained; or none at all,
-which is what there was to keep. What is left of the text ability, and what does it buy on images?
+rank 8 on q_proj and v_proj (and the abstractor, as the paper's abstract has it); with everything trained; or none at
+all, which is what there was to keep. What is left of the text ability, and what does it buy on images?
 
 The adapters learn at a rate of their own, twice that of everything, with a dropout of 0.05, and leave the vision tower
 frozen. The tower is an Owl2's.
