@@ -208,11 +208,15 @@ def test_one_experiment_at_a_time(lab, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--seeds", "0"], ["--jobs", "0"], ["--scale", "0"], ["--scale", "nan"]])
-def test_mistakes_are_one_sentence(flags, tmp_path):
-    command = [sys.executable, ROOT / "experiments" / "queries.py", "--out", tmp_path, *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --seeds and --jobs must be 1 or more") and done.stderr.count("\n") == 1
+def test_mistakes_are_one_sentence(flags, tmp_path, monkeypatch, capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", ["queries.py", "--out", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        experiment.experiment("", lambda lab: None)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --seeds and --jobs must be 1 or more, --scale above 0\n"
 
 
 # ----------------------------------------------------------------------------------------------------
