@@ -234,11 +234,25 @@ def test_shares_are_percent_of_the_rows_asked_for(lab):
         (lab.out / f"seed{seed}").mkdir()
         text = "".join(json.dumps(row) + "\n" for row in part)
         (lab.out / f"seed{seed}/queries8-both-test.jsonl").write_text(text)
-    assert lab.shares(Variant(), "test") == [50.0, 100.0]
-    assert lab.shares(Variant(), "test", kind="color") == [50.0, 100.0]
-    assert lab.shares(Variant(), "test", key="text_answer") == [25.0, 0.0]
-    unseen, none = lab.shares(Variant(), "test", seen=False)
+    assert lab.shares(Variant(), "test", "truth", lambda row: True) == [50.0, 100.0]
+    assert lab.shares(Variant(), "test", "truth", lambda row: row["kind"] == "color") == [50.0, 100.0]
+    assert lab.shares(Variant(), "test", "text_answer", lambda row: True) == [25.0, 0.0]
+    unseen, none = lab.shares(Variant(), "test", "truth", lambda row: not row["seen"])
     assert unseen == 0.0 and math.isnan(none)
+
+
+def test_words_do_not_count_as_things(lab):
+    kinds = ("color", "color", "count", "word")
+    for name, answers in (("test", ("right", "wrong", "wrong", "right")), ("text_test", ("right",) * 3 + ("wrong",))):
+        rows = zip(kinds, answers, (True, True, False, True), strict=True)
+        path = lab.out / f"seed1/queries8-both-{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        text = (json.dumps({"kind": k, "answer": a, "seen": s, "truth": "right"}) for k, a, s in rows)
+        path.write_text("\n".join(text))
+    lab.seeds = [1]
+    expected = {"things, seen": [50.0], "unseen": [0.0], "words": [100.0], "text": [75.0]}
+    assert experiment.scores(lab, {"a": Variant()}) == {"a": expected}
+    assert experiment.by_kind(lab, {"a": Variant()}, "test")["a"]["count"] == [0.0]
 
 
 def test_table_says_mean_and_deviation():
