@@ -392,6 +392,7 @@ def costs(variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
     for name, variant in variants.items():
         with torch.device("meta"):
             owl = make_owl(variant)
+        owl.vit.requires_grad_(variant.vit != "frozen")
         flops = train_flops(owl, 1, [owl.config.image_words + 100], 20)
         rows[name] = {"words of an image": [owl.config.image_words], "MFLOP a sample": [flops / 1e6]}
     return rows

@@ -269,11 +269,14 @@ def test_one_seed_has_no_deviation():
     assert experiment.spread([12.34]) == "12.3"
 
 
-def test_costs_by_hand():
-    rows = experiment.costs({"4": Variant(n_query=4), "8": Variant(), "small": Variant(image_size=32)})
-    assert [rows[name]["words of an image"] for name in rows] == [[5], [9], [9]]
-    four, eight, small = (rows[name]["MFLOP a sample"][0] for name in rows)
+def test_costs():
+    variants = {"4": Variant(n_query=4), "8": Variant(), "small": Variant(image_size=32), "frozen": Variant(vit="frozen")}
+    rows = experiment.costs(variants)
+    assert [rows[name]["words of an image"] for name in rows] == [[5], [9], [9], [9]]
+    four, eight, small, frozen = (rows[name]["MFLOP a sample"][0] for name in rows)
     assert four < eight > small
+    vit = sum(p.numel() for p in experiment.make_owl(Variant()).vit.blocks.parameters())
+    assert eight - frozen > 4 * 64 * vit / 1e6  # what the gradients of 64 patches and more take: two products a weight
 
 
 def test_belief_counts_what_is_known_without_the_statement(lab):
