@@ -52,6 +52,7 @@ from evaluate import normal  # noqa: E402
 from launch import fail  # noqa: E402
 from model import PRESETS, Owl, init_weights  # noqa: E402
 from patches import Patches  # noqa: E402
+from train_stage2 import choose_trained  # noqa: E402
 from weights import load_model, read_json, save_model, write_json  # noqa: E402
 
 DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
@@ -67,7 +68,8 @@ COMMON = ["--batch", "32", "--micro", "32", "--crop-scale", "0", "--save-every",
 STAGE1 = ["--lr", "1.5e-3", "--min-lr", "1e-4"]
 STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
 N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 200, 300
-LORA = ["--lora-rank", "8", "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
+LORA_RANK = 8
+LORA = ["--lora-rank", str(LORA_RANK), "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
 VIT = {
     "trained": ["--vit-lr-decay", "1"],
     "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06; at 0.9, of 24, at 0.08
@@ -387,13 +389,13 @@ def by_kind(lab: Lab, variants: dict[str, Variant], test: str) -> dict[str, dict
 
 
 def costs(variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """What each takes: its image words, and the MFLOPs of training on one image and 100 words (20 of them answers)."""
+    """What each takes: its image words, and the MFLOPs of stage 2 on one image and 100 words (20 of them answers)."""
     rows = {}
     for name, variant in variants.items():
         with torch.device("meta"):
             owl = make_owl(variant)
-        owl.vit.requires_grad_(variant.vit != "frozen")
-        flops = train_flops(owl, 1, [owl.config.image_words + 100], 20)
+        choose_trained(owl, LORA_RANK if variant.lora else 0, 32.0, 0.05, True, freeze_vit=variant.vit == "frozen")
+        flops = train_flops(owl, 1, [owl.config.image_words + 100], 20) if variant.data != "none" else 0.0
         rows[name] = {"words of an image": [owl.config.image_words], "MFLOP a sample": [flops / 1e6]}
     return rows
 

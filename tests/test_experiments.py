@@ -270,12 +270,15 @@ def test_one_seed_has_no_deviation():
 
 
 def test_costs():
-    variants = {"4": Variant(n_query=4), "8": Variant(), "small": Variant(image_size=32), "frozen": Variant(vit="frozen")}
-    rows = experiment.costs(variants)
+    small, frozen = Variant(image_size=32), Variant(vit="frozen")
+    rows = experiment.costs({"4": Variant(n_query=4), "8": Variant(), "small": small, "frozen": frozen})
     assert [rows[name]["words of an image"] for name in rows] == [[5], [9], [9], [9]]
     four, eight, small, frozen = (rows[name]["MFLOP a sample"][0] for name in rows)
     assert four < eight > small
     vit = sum(p.numel() for p in experiment.make_owl(Variant()).vit.blocks.parameters())
+    more = {"LoRA": Variant("owl1", data="image", lora=True), "none": Variant(data="none")}
+    lora, none = (row["MFLOP a sample"][0] for row in experiment.costs(more).values())
+    assert none == 0 < lora < frozen  # of which the first trains nothing, and the second little of the decoder
     assert eight - frozen > 4 * 64 * vit / 1e6  # what the gradients of 64 patches and more take: two products a weight
 
 
