@@ -41,10 +41,10 @@ file, be it as an image or in words. A test question is unseen if it is about on
 
 (A small world has fewer samples to say it all in: below 4,000 images some facts are tested that training never says.)
 
-The answers of a kind are about equally frequent, except where statements are told. What is printed at the end as `blind`
-is the best that one gets who sees no image and knows no fact: either to each question its most frequent answer in
-training (in the text part all questions about food are one, and so on), or to all of the kind their most frequent
-answer in the test.
+The answers of a kind are about equally frequent, except where statements are told. What is printed at the end as
+`blind` is the best that one gets who sees no image and knows no fact: either to each question its most frequent
+answer in training (in the text part all questions about food are one, and so on), or to all of the kind their most
+frequent answer in the test.
 
 Left and right have a meaning here, so **train with `--crop-scale 0`**: flips make captions false. Same seed, same texts
 and pixels on any machine. (The bytes of the PNGs follow Pillow's version; tokenizer.model names its own folder.)
