@@ -219,9 +219,7 @@ def encode_raw(text: str, tokenizer: Tokenizer, style: str) -> list[int]:
     return encode_pieces(pieces, tokenizer)[0]
 
 
-def render_prompt(
-    messages: list[str | None], tokenizer: Tokenizer, style: str, space: bool = False
-) -> list[int]:
+def render_prompt(messages: list[str | None], tokenizer: Tokenizer, style: str, space: bool = False) -> list[int]:
     """The ids of a conversation that waits for an answer, one IMAGE_ID an image.
 
     messages: questions and answers in turn, the last None, where the answer goes. space: Owl2's prompt ends in a
