@@ -1,28 +1,29 @@
-"""LLaMA, with Owl2's modality-adaptive module (Owl1 section 3.1; Owl2 section 3.2).
+"""LLaMA decoder with Owl2's modality-adaptive module (Owl1 section 3.1; Owl2 section 3.2).
 
-The decoder reads one sequence in which words and image words stand side by side:
+Text tokens and visual tokens form one sequence:
 
-    x [B, T, C]                      text embeddings, with image words written over their places
+    x [B, T, C]                      text embeddings, with visual tokens scattered into the placeholder positions
       | n_layer times:
-      |   h = input_layernorm(x)             * one weight for text, one for images
+      |   h = input_layernorm(x)             * one weight for text, one for visual tokens
       |   q = q_proj(h)                      shared
-      |   k, v = k_proj(h), v_proj(h)        * one projection for text, one for images
+      |   k, v = k_proj(h), v_proj(h)        * one projection for text, one for visual tokens
       |   x = x + o_proj(causal attention(rope(q), rope(k), v))
-      |   h = post_attention_layernorm(x)    * one weight for text, one for images
+      |   h = post_attention_layernorm(x)    * one weight for text, one for visual tokens
       |   x = x + down_proj(silu(gate_proj(h)) * up_proj(h))
       | norm
     x [B, T, C]  --lm_head-->  logits [B, T, vocab_size]
 
-The lines marked * are the modality-adaptive module. In Owl1 they are plain: one
-set of weights for everything. In Owl2 an image word keeps the features of its own
-modality, while both still meet in one attention and one MLP. (Grouped-query heads:
-k and v may have fewer heads than q, each then serves several.)
+The lines marked * are the modality-adaptive module. Owl1 has one set of weights in these places.
+In Owl2 each modality keeps its own features, while all tokens share one attention and one MLP.
+All n_query + 1 positions of an image take the visual branch, also the end-of-image embedding, as in the released code.
+Grouped-query attention: k and v may have fewer heads than q; each of their heads then serves several of q's.
 
-In training B is 1 and many sequences stand one after the other in the row, so that
-nothing is padding; `Documents` says where each begins, and none attends to another.
+Training packs several sequences into one row (B = 1) instead of padding them. `PackedSequences` holds
+their boundaries: positions restart at 0 in each sequence, and attention does not cross a boundary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,15 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BUCKET = 256  # positions by which a cache grows
-
 
 @dataclass
 class LlamaConfig:
-    """The shape of the decoder; the defaults are LLaMA-7B's."""
+    """Shape of the decoder. The defaults are LLaMA-7B's."""
 
     vocab_size: int = 32000
-    context: int = 2048  # the longest sequence, in tokens
+    context: int = 2048  # maximum sequence length in tokens
     n_layer: int = 32
     n_head: int = 32
     n_kv_head: int = 32
@@ -46,7 +45,7 @@ class LlamaConfig:
     n_mlp: int = 11008
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    adaptive: bool = False  # the modality-adaptive module: Owl2
+    adaptive: bool = False  # the modality-adaptive module (Owl2)
     bos_id: int = 1
     eos_id: int = 2
 
@@ -55,228 +54,212 @@ class LlamaConfig:
         return self.n_embd // self.n_head
 
 
-class Split(NamedTuple):
-    """Which tokens are image words: found once, used by all layers. None stands for a pure text."""
+class Modality(NamedTuple):
+    """Which tokens are visual, computed once per forward pass. None instead of a Modality means text only.
 
-    modality: Tensor  # [B, T] int64: 0 for text, 1 for an image word
-    order: Tensor  # [B * T] int64: where the text tokens are, then where the image words are
-    inverse: Tensor  # [B * T] int64: undoes `order`
+    Tokens are sorted by modality, so that each branch of an AdaptiveLinear reads one contiguous slice.
+    """
+
+    index: Tensor  # [B, T] int64: 0 for text, 1 for visual tokens
+    order: Tensor  # [B * T] int64: positions of the text tokens, then those of the visual tokens
+    inverse: Tensor  # [B * T] int64: the inverse permutation
     n_text: int
 
     @staticmethod
-    def of(is_image: Tensor, n_image: int) -> "Split":
-        """is_image: [B, T] bool with n_image ones. Knowing that number, the layers need not wait for a GPU to count."""
+    def from_mask(is_image: Tensor, n_visual: int) -> "Modality":
+        """is_image: [B, T] bool with n_visual ones. The caller passes the count, which avoids a synchronization."""
         order = torch.argsort(is_image.flatten().to(torch.uint8), stable=True)
-        return Split(is_image.long(), order, torch.argsort(order), is_image.numel() - n_image)
+        return Modality(is_image.long(), order, torch.argsort(order), is_image.numel() - n_visual)
 
-    def sort(self, x: Tensor) -> Tensor:
-        """[B, T, C] to [B * T, C]: all text tokens, then all image words."""
-        # (index_select, since its gradient is a plain addition where that of x[order] is a slower one.)
+    def permute(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B * T, C], all text tokens first."""
+        # index_select, since its backward pass is faster than that of x[order].
         return x.flatten(0, 1).index_select(0, self.order)
 
-    def unsort(self, tokens: Tensor) -> Tensor:
-        """[B * T, C] to [B, T, C]: each token back in its place."""
-        return tokens.index_select(0, self.inverse).view(*self.modality.shape, -1)
+    def unpermute(self, tokens: Tensor) -> Tensor:
+        """[B * T, C] to [B, T, C], every token back at its position."""
+        return tokens.index_select(0, self.inverse).view(*self.index.shape, -1)
 
 
-class Documents(NamedTuple):
-    """Sequences that stand one after the other in one row, and know nothing of each other."""
+class PackedSequences(NamedTuple):
+    """Boundaries of the sequences that are packed into one row, in the format of varlen attention kernels."""
 
-    starts: Tensor  # [n + 1] int32: where each begins, and the row's length
-    longest: int  # the longest one's length
+    cu_seqlens: Tensor  # [n + 1] int32: start of each sequence, then the length of the row
+    max_seqlen: int  # length of the longest sequence
 
 
 class RMSNorm(nn.Module):
-    """Scales each token to unit root mean square, then by a learned weight."""
+    """Scales each token to unit root mean square, then multiplies by a learned weight."""
 
     def __init__(self, n_embd: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modality: Modality | None = None) -> Tensor:
+        """x: [.., C]. Returns x's shape. The modality is ignored: there is one weight for all tokens."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """An RMSNorm with one weight for text, [0], and one for image words, [1]."""
+    """RMSNorm with one weight for text, multiway[0], and one for visual tokens, multiway[1] (the released names)."""
 
     def __init__(self, n_embd: int, eps: float):
         super().__init__()
         self.multiway = nn.ModuleList(RMSNorm(n_embd, eps) for _ in range(2))
 
-    def forward(self, x: Tensor, split: Split | None) -> Tensor:
+    def forward(self, x: Tensor, modality: Modality | None) -> Tensor:
         """x: [B, T, C]. Returns [B, T, C]."""
         text, image = self.multiway
-        if split is None:
+        if modality is None:
             return text(x)
+        # The norms differ in their weight only: normalize all tokens at once, without a permutation, then look it up.
         x = F.rms_norm(x, text.weight.shape, eps=text.eps)
-        return x * F.embedding(split.modality, torch.stack([text.weight, image.weight]))
+        return x * F.embedding(modality.index, torch.stack([text.weight, image.weight]))
 
 
 class AdaptiveLinear(nn.Module):
-    """A Linear for text, [0], and a Linear for image words, [1]: each token passes through its own, once."""
+    """One Linear for text, multiway[0], and one for visual tokens, multiway[1]."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.multiway = nn.ModuleList(nn.Linear(n_in, n_out, bias=False) for _ in range(2))
 
-    def forward(self, x: Tensor, split: Split | None) -> Tensor:
-        """x: [B * T, n_in] as split.sort makes it, or [B, T, n_in] where all is text. Returns [B, T, n_out]."""
+    def forward(self, x: Tensor, modality: Modality | None) -> Tensor:
+        """Takes one of two layouts and returns [B, T, n_out].
+
+        x: [B, T, n_in] if modality is None (text only), else [B * T, n_in] as returned by modality.permute.
+        The caller permutes, since k_proj and v_proj read the same tokens.
+        """
         text, image = self.multiway
-        if split is None:
+        if modality is None:
             return text(x)
-        return split.unsort(torch.cat([text(x[: split.n_text]), image(x[split.n_text :])]))
+        y = torch.cat([text(x[: modality.n_text]), image(x[modality.n_text :])])  # [B * T, n_out]
+        return modality.unpermute(y)
 
 
-class Cache:
-    """The keys and values of all tokens read so far, so that the next token is all that need be computed.
+class KVCache:
+    """Keys and values of the tokens processed so far.
 
-    `layers[i]` are the keys and the values of layer i, [B, n_kv_head, size, head_dim] each. Rows of a batch may
-    be of different lengths: `lengths [B]` says how many tokens of each row are held, and so where its next one
-    goes. What lies beyond a row's length is left over; it is masked, and overwritten as the row grows.
+    k, v: [n_layer, B, n_kv_head, max_length + 1, head_dim]. Rows may differ in length: `lengths` [B] counts the
+    valid positions of each row. The next token of a row goes to position lengths[row], and the mask hides what lies
+    beyond, such as padding. The one spare position takes writes past the end, of full rows and of padding.
     """
 
-    def __init__(self, config: LlamaConfig, B: int, device: torch.device, dtype: torch.dtype):
-        nothing = torch.zeros(B, config.n_kv_head, 0, config.head_dim, device=device, dtype=dtype)
-        self.layers = [(nothing, nothing)] * config.n_layer
-        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
-        self.longest = 0  # no row is longer: known without asking the device
+    def __init__(self, config: LlamaConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length + 1, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.attend_len: int | None = None  # fixed number of positions to attend to (inference/fast_decode.py)
 
     @property
-    def size(self) -> int:
-        return self.layers[0][0].shape[2]
+    def max_length(self) -> int:
+        return self.k.shape[3] - 1
 
-    def grow(self, size: int) -> None:
-        """Makes room for `size` positions a row: in whole buckets, so that sizes are few.
-
-        And one more: rows that are over still write, and if they fill the context it is there, where nobody looks.
-        """
-        more = -(-size // BUCKET) * BUCKET + 1 - self.size
-        if more > 0:
-            for i, layer in enumerate(self.layers):  # one by one: never all of them twice
-                self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in layer)
-
-    def rewind(self, length: int) -> None:
-        """Forgets of each row all but its first `length` tokens. ValueError for fewer than none."""
-        if length < 0:
-            raise ValueError(f"a cache is rewound to 0 tokens or more, not {length}")
+    def truncate(self, length: int) -> None:
+        """Keeps only the first `length` tokens of every row."""
         self.lengths.clamp_(max=length)
-        self.longest = min(self.longest, length)
-
-    def keep(self, rows: Tensor) -> None:
-        """Forgets all rows but these, [n] int64."""
-        for i, layer in enumerate(self.layers):
-            self.layers[i] = tuple(x[rows] for x in layer)
-        self.lengths = self.lengths[rows]
 
 
-class View(NamedTuple):
-    """How this pass's T tokens see the sequence: the same for all layers.
+class AttentionContext(NamedTuple):
+    """What the layers need to know about the T new tokens.
 
-    With a mask they look at the cache; with documents, each at those before it in its own; with neither, each at all
-    before it.
+    With a mask the tokens attend to the cache; with packed sequences each attends within its own sequence;
+    with neither, plain causal attention.
     """
 
-    cos: Tensor  # [B or 1, 1, T, head_dim]: the rotary embedding of their positions
-    sin: Tensor  # its first half negative
-    rows: Tensor  # [B, 1]: where in the cache they go: these rows,
-    positions: Tensor  # [B or 1, T]: and these positions
-    mask: Tensor | None  # [B, 1, T, n_visible]: 0 for what they see, -inf for what not
-    documents: Documents | None
+    modality: Modality | None
+    cos: Tensor  # [B or 1, 1, T, head_dim]: rotary embedding of the tokens' positions
+    sin: Tensor  # like cos; the first half is negated, see apply_rope
+    rows: Tensor  # [B, 1]: the new keys and values are written to cache[rows, :, positions]
+    positions: Tensor  # [B or 1, T]
+    mask: Tensor | None  # [B, 1, T, attend_len]: 0 for visible positions, -inf for hidden ones
+    packed: PackedSequences | None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turns each pair (x[i], x[i + D/2]) by its position's angle. x: [B, H, T, D]."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the halves (a, b) as (b, a); that it must be (-b, a) is in sin
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: rotates each pair (x[i], x[i + D/2]) by the angle of its position. x: [B, H, T, D]."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # halves (a, b) become (b, a); the sign of (-b, a) is part of sin
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Causal attention of each document to itself. q: [1, n_head, T, D]; k, v: [1, n_kv_head, T, D]. Returns q's shape.
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -> Tensor:
+    """Causal attention within each packed sequence. q: [1, n_head, T, D]; k, v: [1, n_kv_head, T, D]. Returns like q.
 
-    On CUDA one kernel for all of them (bfloat16 or float16, torch from 2.11 on); elsewhere a loop, to the same result.
+    On CUDA in bfloat16 or float16: one varlen kernel for all sequences. Elsewhere: a loop with the same result,
+    which synchronizes with the device to read the boundaries.
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn  # here, since older releases of torch have no such thing
+        from torch.nn.attention.varlen import varlen_attn  # needs torch 2.11 or newer
 
         repeats = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, n_head, D]
-        starts, longest = documents
-        y = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))  # all before, none after
+        cu, longest = packed
+        y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # causal: any distance back, none ahead
         return y.transpose(0, 1)[None]
     parts = []
-    for a, b in pairwise(documents.starts.tolist()):
-        one = (x[:, :, a:b] for x in (q, k, v))
+    for start, end in pairwise(packed.cu_seqlens.tolist()):
+        one = (x[:, :, start:end] for x in (q, k, v))
         parts.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]))
     return torch.cat(parts, dim=2)
 
 
-def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query a row, written out: a compiler makes less work of it than a kernel for many queries does.
-
-    q: [B, n_head, 1, D]; k, v: [B, n_kv_head, T, D]; mask: [B, 1, 1, T]. Returns q's shape.
-    """
-    B, n_kv_head, T, D = k.shape
-    q = q.view(B, n_kv_head, -1, 1, D) * D**-0.5  # [B, n_kv_head, queries of a key, 1, D]
-    scores = (q * k[:, :, None]).float().sum(dim=-1) + mask  # [B, n_kv_head, queries of a key, T]
-    p = scores.softmax(dim=-1).to(v.dtype)
-    return (p[..., None] * v[:, :, None]).sum(dim=-2).view(B, -1, 1, D)
-
-
 class Attention(nn.Module):
-    """Causal self-attention, each token with itself and those before it."""
+    """Causal self-attention with rotary positions and, in Owl2, one K and V projection per modality."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         kv_width = config.n_kv_head * config.head_dim
+        linear = AdaptiveLinear if config.adaptive else partial(nn.Linear, bias=False)
         self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        if config.adaptive:
-            self.k_proj = AdaptiveLinear(config.n_embd, kv_width)
-            self.v_proj = AdaptiveLinear(config.n_embd, kv_width)
-        else:
-            self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
-            self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.k_proj = linear(config.n_embd, kv_width)
+        self.v_proj = linear(config.n_embd, kv_width)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, view: View, split: Split | None, stored: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x: [B, T, C]. stored: this layer's part of the cache, if there is one. Returns [B, T, C]."""
+    def forward(self, x: Tensor, context: AttentionContext, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x: [B, T, C]. cache: this layer's keys and values, each [B, n_kv_head, positions, D]. Returns [B, T, C]."""
         B, T, C = x.shape
+        D = self.config.head_dim
+
+        # Project. Queries share one weight; keys and values use the weight of their modality.
         q = self.q_proj(x)
         if self.config.adaptive:
-            tokens = x if split is None else split.sort(x)
-            k = self.k_proj(tokens, split)
-            v = self.v_proj(tokens, split)
+            tokens = x if context.modality is None else context.modality.permute(x)
+            k = self.k_proj(tokens, context.modality)
+            v = self.v_proj(tokens, context.modality)
         else:
             k = self.k_proj(x)
             v = self.v_proj(x)
-        q = q.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # [B, n_head, T, head_dim]
-        k = k.view(B, T, -1, self.config.head_dim).transpose(1, 2)  # [B, n_kv_head, T, head_dim]
-        v = v.view(B, T, -1, self.config.head_dim).transpose(1, 2)
-        q = rotate(q, view.cos, view.sin)
-        k = rotate(k, view.cos, view.sin)
-        if stored is not None:
-            # Two index arrays around a slice: what is written is [B, T, n_kv_head, head_dim].
-            stored[0][view.rows, :, view.positions] = k.transpose(1, 2)
-            stored[1][view.rows, :, view.positions] = v.transpose(1, 2)
-            if view.mask is not None:  # else nothing came before, and k and v are all there is to see
-                k, v = (x[:, :, : view.mask.shape[-1]] for x in stored)
-        if view.documents is not None:
-            y = attend_within(q, k, v, view.documents)
-        elif T == 1 and view.mask is not None and q.is_cuda and torch.compiler.is_compiling():
-            y = attend_once(q, k, v, view.mask)
+
+        # Split into heads and rotate by position.
+        q = q.view(B, T, -1, D).transpose(1, 2)  # [B, n_head, T, D]
+        k = k.view(B, T, -1, D).transpose(1, 2)  # [B, n_kv_head, T, D]
+        v = v.view(B, T, -1, D).transpose(1, 2)
+        q = apply_rope(q, context.cos, context.sin)
+        k = apply_rope(k, context.cos, context.sin)
+
+        # Store the new keys and values. With a mask (the cache was not empty), attend to all stored ones.
+        if cache is not None:
+            for stored, new in zip(cache, (k, v)):
+                stored[context.rows, :, context.positions] = new.transpose(1, 2)  # [B, T, n_kv_head, D]
+            if context.mask is not None:
+                k, v = (stored[:, :, : context.mask.shape[-1]] for stored in cache)
+
+        if context.packed is not None:
+            y = packed_attention(q, k, v, context.packed)
         else:
-            grouped = self.config.n_kv_head != self.config.n_head
+            is_grouped = self.config.n_kv_head != self.config.n_head
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=view.mask, is_causal=view.mask is None, enable_gqa=grouped
+                q, k, v, attn_mask=context.mask, is_causal=context.mask is None, enable_gqa=is_grouped
             )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward network, shared by both modalities."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -285,39 +268,35 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, C]. Returns [B, T, C]; n_mlp wide in between."""
+        """x: [B, T, C]. Returns [B, T, C]; the hidden width is n_mlp."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """Pre-norm transformer block."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.adaptive = config.adaptive
         norm = AdaptiveRMSNorm if config.adaptive else RMSNorm
         self.input_layernorm = norm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, view: View, split: Split | None, stored: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x: [B, T, C]. Returns [B, T, C]."""
-        x = x + self.self_attn(self._norm(self.input_layernorm, x, split), view, split, stored)
-        x = x + self.mlp(self._norm(self.post_attention_layernorm, x, split))
+    def forward(self, x: Tensor, context: AttentionContext, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x: [B, T, C]. cache: as in Attention. Returns [B, T, C]."""
+        x = x + self.self_attn(self.input_layernorm(x, context.modality), context, cache)
+        x = x + self.mlp(self.post_attention_layernorm(x, context.modality))
         return x
-
-    def _norm(self, norm: nn.Module, x: Tensor, split: Split | None) -> Tensor:
-        return norm(x, split) if self.adaptive else norm(x)
 
 
 class Llama(nn.Module):
-    """The decoder. The names of its parts are those of the hub's LLaMA weights."""
+    """The decoder. Its submodules have the names of Hugging Face's LLaMA weights."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        # Made of zeros: drawing numbers for a model without memory (on the meta device) would import torch's compiler.
+        # Zeros until weights are loaded or initialized. (Random numbers on the meta device import torch's compiler.)
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -326,39 +305,55 @@ class Llama(nn.Module):
     def forward(
         self,
         x: Tensor,
-        split: Split | None = None,
-        cache: Cache | None = None,
-        n_visible: int | None = None,
-        documents: Documents | None = None,
+        modality: Modality | None = None,
+        cache: KVCache | None = None,
+        packed: PackedSequences | None = None,
     ) -> Tensor:
         """Runs the decoder over embedded tokens.
 
-        x: [B, T, n_embd]. split: which of them are image words (None: none). With a cache the tokens continue
-        each of its rows and are stored in it, which the caller then adds to cache.lengths. n_visible: how many
-        of its positions may be looked at, those of these tokens included (None: there is none or it is empty, and
-        they see only each other). With documents (B is 1 then, and there is no cache) the row is several sequences.
-        Returns [B, T, n_embd], normalised for lm_head.
+        x: [B, T, n_embd]. modality: which tokens are visual (None: none). cache: the tokens continue its rows and are
+        stored in it; the caller then advances cache.lengths. packed: boundaries within a row (B = 1, no cache).
+        Returns the normalized hidden states [B, T, n_embd], the input of lm_head.
         """
-        view = self._view(x, cache, n_visible, documents)
+        context = self.attention_context(x, modality, cache, packed)
         for i, layer in enumerate(self.layers):
-            x = layer(x, view, split, None if cache is None else cache.layers[i])
+            x = layer(x, context, None if cache is None else (cache.k[i], cache.v[i]))
         return self.norm(x)
 
-    def _view(self, x: Tensor, cache: Cache | None, n_visible: int | None, documents: Documents | None) -> View:
+    @torch.inference_mode(False)  # so that the cache can be truncated outside of inference mode
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """Returns an empty cache on the decoder's device and in its dtype."""
+        weight = self.embed_tokens.weight
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def attention_context(
+        self, x: Tensor, modality: Modality | None, cache: KVCache | None, packed: PackedSequences | None
+    ) -> AttentionContext:
+        """Computes positions, rotary embedding and mask of the tokens x [B, T, n_embd], once for all layers."""
         B, T = x.shape[:2]
+        rows = torch.arange(B, device=x.device)[:, None]  # [B, 1]
         positions = torch.arange(T, device=x.device)[None]  # [1, T]
-        if documents is not None:  # each counts from 0
-            begins = documents.starts[:-1].repeat_interleave(documents.starts.diff(), output_size=T)
-            positions = positions - begins
+        if packed is not None:  # positions restart in each sequence
+            lengths = packed.cu_seqlens.diff()
+            positions = positions - packed.cu_seqlens[:-1].repeat_interleave(lengths, output_size=T)
+
+        # Tokens that continue a cache see all earlier positions of their row. An empty cache needs no mask.
         mask = None
-        if n_visible is not None:
-            positions = cache.lengths[:, None] + positions  # [B, T]
-            hidden = torch.arange(n_visible, device=x.device) > positions[:, :, None]  # [B, T, n_visible]
-            mask = torch.zeros(hidden.shape, device=x.device, dtype=x.dtype).masked_fill(hidden, -torch.inf)[:, None]
+        if cache is not None:
+            attend_len = cache.attend_len
+            if attend_len is None:
+                cached = int(cache.lengths.max())  # synchronizes with the device
+                attend_len = min(cached + T, cache.max_length + 1) if cached > 0 else None
+            if attend_len is not None:
+                positions = cache.lengths[:, None] + positions  # [B, T]
+                hidden = torch.arange(attend_len, device=x.device) > positions[:, None, :, None]
+                mask = x.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)  # [B, 1, T, attend_len]
+            positions = positions.clamp(max=cache.max_length)  # padding past the end goes to the spare position
+
+        # Rotary embedding: D / 2 frequencies, each for a pair of channels.
         D = self.config.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
         angle = (positions[..., None] * frequency)[:, None]  # [B or 1, 1, T, D / 2]
         cos = torch.cat([angle.cos(), angle.cos()], dim=-1).to(x.dtype)  # [B or 1, 1, T, D]
         sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).to(x.dtype)
-        rows = torch.arange(B, device=x.device)[:, None]
-        return View(cos, sin, rows, positions, mask, documents)
+        return AttentionContext(modality, cos, sin, rows, positions, mask, packed)

@@ -1,17 +1,17 @@
-"""CLIP's vision transformer: the eye of both owls (Owl1 section 3.1, Owl2 section 3.1).
+"""CLIP's vision transformer, the vision encoder of Owl1 and Owl2 (section 3.1 of both papers).
 
-The image is cut into patches, each patch becomes a vector, and a stack of
-transformer blocks lets every patch look at every other. All tokens that come
-out, the class token included, go on to the visual abstractor.
+The image is cut into patches, each patch becomes a vector, and in a stack of
+transformer blocks every patch attends to every other. All outputs, including
+the class token's, go on to the visual abstractor.
 
-    image [N, 3, H, W]
+    images [N, 3, H, W]
       | patch_embed: one Linear per patch, written as a strided convolution
     patches [N, P, C]              P = (H / patch_size) * (W / patch_size)
-      | a learned class token in front, a learned position added to each
-    tokens [N, 1 + P, C]
-      | pre_norm, then n_layer blocks: x += attention(norm1(x)); x += mlp(norm2(x))
+      | prepend a learned class token, add a learned position embedding
+    x [N, 1 + P, C]
+      | pre_norm (CLIP's own), then n_layer blocks: x += attention(norm1(x)); x += mlp(norm2(x))
       | post_norm
-    tokens [N, 1 + P, C]
+    patch features [N, 1 + P, C]
 
 ViT-L/14 is 24 blocks of width 1024 with 16 heads and patches of 14 pixels.
 """
@@ -22,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CLIP_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # of RGB pixels in 0..1
+CLIP_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+
 
 @dataclass
 class ViTConfig:
-    """The shape of the vision tower; the defaults are ViT-L/14 at 224 pixels, as in Owl1."""
+    """Shape of the vision encoder. The defaults are ViT-L/14 at 224 pixels, as in Owl1."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -42,12 +45,12 @@ class ViTConfig:
 
     @property
     def n_token(self) -> int:
-        """Tokens that leave the tower: the class token and the patches."""
+        """Length of the output: the class token and the patches."""
         return 1 + self.grid_size**2
 
 
 class Attention(nn.Module):
-    """Every token attends to every token of its own image."""
+    """Self-attention without a mask: every token attends to all tokens of its image."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -58,7 +61,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, T, C]. Returns [N, T, C]."""
         N, T, C = x.shape
-        # The released weights lay the fused output out head by head: q, k, v of head 0, then of head 1, ...
+        # The released weights order the fused output by head: q, k, v of head 0, then of head 1, ...
         qkv = self.qkv(x).view(N, T, self.n_head, 3, C // self.n_head)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [N, n_head, T, C / n_head]
         y = F.scaled_dot_product_attention(q, k, v)
@@ -67,7 +70,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two Linears with CLIP's QuickGELU, x * sigmoid(1.702 x), in between."""
+    """Two Linears with CLIP's activation between them, QuickGELU: x * sigmoid(1.702 x)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -82,7 +85,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """Pre-norm transformer block."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -99,7 +102,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The vision tower."""
+    """The vision encoder."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -116,41 +119,18 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Encodes images.
 
-        images: [N, 3, image_size, image_size], normalised as CLIP wants them, of any float dtype.
-        Returns [N, 1 + P, n_embd] in the weights' dtype.
-        Raises ValueError for any other size: the position table would not fit.
+        images: [N, 3, image_size, image_size], normalized by CLIP_MEAN and CLIP_STD, of any float dtype.
+        Returns [N, 1 + P, n_embd] in the weights' dtype. Raises ValueError for images of another size.
         """
-        self.check_size(images)
+        size = self.config.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"this model takes images of shape [N, 3, {size}, {size}], not {list(images.shape)}")
+
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [N, C, H/patch, W/patch]
         x = x.flatten(2).transpose(1, 2)  # [N, P, C]
-        cls = self.cls_token.expand(x.shape[0], -1, -1)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)  # [N, 1, C]
         x = torch.cat([cls, x], dim=1)  # [N, 1 + P, C]
         x = self.pre_norm(x + self.position_embedding)
         for block in self.blocks:
             x = block(x)
         return self.post_norm(x)
-
-
-    def check_size(self, images: Tensor) -> None:
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"this model takes images of shape [N, 3, {size}, {size}], not {list(images.shape)}")
-
-
-def resize_positions(table: Tensor, n_token: int) -> Tensor:
-    """Stretches a table of learned positions to another square grid of patches.
-
-    Owl2's stage 1 sees 224 pixels (16 x 16 patches), its stage 2 448 (32 x 32).
-    The class token's row is kept; the grid is interpolated (bicubic, in float32).
-
-    table: [1, 1 + P, C]. Returns [1, n_token, C] in the table's dtype.
-    """
-    if table.shape[1] == n_token:
-        return table
-    cls, grid = table[:, :1], table[:, 1:]
-    old = round(grid.shape[1] ** 0.5)
-    new = round((n_token - 1) ** 0.5)
-    image = grid.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, C, old, old]
-    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
-    grid = image.permute(0, 2, 3, 1).reshape(1, new * new, -1).to(table.dtype)
-    return torch.cat([cls, grid], dim=1)
