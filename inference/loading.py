@@ -1,0 +1,63 @@
+"""Loads a model for inference: selects device and dtype, merges a LoRA adapter, quantizes."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from inference.fast_decode import use_column_major_weights
+from inference.quantize import BITS, load_quantized, quantize, read_quantization
+from inference.adapter import load_lora, load_non_lora
+from lora import merge_lora
+from model import Owl, OwlConfig
+from weights import read_config
+
+
+def select_device(name: str) -> torch.device:
+    """Returns the device with that name; for "auto" the first of cuda, mps and cpu. Raises ValueError if unusable."""
+    if name == "auto":
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # which one depends on how torch was built
+        raise ValueError(f"there is no device {name!r} here that torch can use") from None
+
+
+def select_dtype(name: str, device: torch.device, config: OwlConfig, is_quantized: bool) -> torch.dtype:
+    """Returns the dtype with that name; for "auto" the one that suits the device and its memory."""
+    if name != "auto":
+        return getattr(torch, name)
+    # Not float16: the models were trained in bfloat16, and squares of a few activations overflow float16.
+    if device.type != "cpu" or is_quantized:
+        return torch.bfloat16
+    with torch.device("meta"):
+        n_parameter = sum(parameter.numel() for parameter in Owl(config).parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+    # A quarter of the memory is left for the KV cache, activations and other programs.
+    return torch.float32 if 4 * n_parameter < 0.75 * memory else torch.bfloat16
+
+
+def load_for_inference(
+    folder: Path, *, adapter: Path | None, quantize_to: str | None, device: str, dtype: str
+) -> tuple[Owl, torch.device, torch.dtype]:
+    """Loads a model, merges an adapter into it and quantizes it, in this order. Returns (model, device, dtype).
+
+    device: a torch device or "auto". dtype: "float32", "bfloat16", "float16" or "auto". quantize_to: "int8" or "int4".
+    Raises ValueError or OSError if a file cannot be read or the model does not fit the device's memory.
+    """
+    config = read_config(folder)
+    target = select_device(device)
+    precision = select_dtype(dtype, target, config, bool(quantize_to or read_quantization(folder)))
+    try:
+        model = load_quantized(folder, target, precision, None if adapter else quantize_to)
+        if adapter is not None:
+            load_non_lora(model, adapter)
+            load_lora(model, adapter)
+            merge_lora(model)
+            if quantize_to is not None:
+                quantize(model.llama, BITS[quantize_to])
+    except torch.OutOfMemoryError:
+        raise ValueError(f"{folder} does not fit the memory of {target} in {precision}") from None
+    use_column_major_weights(model.llama)
+    return model, target, precision

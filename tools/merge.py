@@ -1,0 +1,40 @@
+"""Merges a LoRA adapter into a model folder and saves the result as a model folder.
+
+    python -m tools.merge --weights mplug-owl2-llama2-7b --adapter runs/mine/adapter --out mplug-owl2-mine
+
+The adapter is in PEFT's files, as train_stage2.py and the released code write them.
+"""
+
+from pathlib import Path
+
+from command import ArgumentParser, run, user_errors
+
+import torch
+
+from inference.adapter import load_lora, load_non_lora
+from lora import merge_lora
+from training.distributed import PRECISIONS
+from weights import WEIGHT_FILES, load_model, save_model
+
+
+def main() -> None:
+    p = ArgumentParser(description=__doc__)
+    p.add_argument("--weights", required=True, metavar="FOLDER", help="the model folder that the adapter belongs to")
+    p.add_argument("--adapter", required=True, metavar="FOLDER", help="the adapter, in PEFT's files")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder; it has no weights yet")
+    p.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the saved weights (default bf16)")
+    args = p.parse_args()
+    out = Path(args.out)
+    with user_errors():
+        if out.is_file() or any((out / name).exists() for name in WEIGHT_FILES):
+            raise ValueError(f"--out {out} already holds weights, or is a file: choose another folder")
+        model = load_model(args.weights, dtype=PRECISIONS[args.precision])
+        load_non_lora(model, args.adapter)
+        load_lora(model, args.adapter)
+        merge_lora(model)
+        save_model(model, out)
+    print(f"{out} holds {args.weights} with {args.adapter} merged")
+
+
+if __name__ == "__main__":
+    run(main)

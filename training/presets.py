@@ -1,0 +1,68 @@
+"""Model sizes for training from scratch and for benchmarks (`--preset NAME`), and random initialization."""
+
+from torch import nn
+
+from abstractor import AbstractorConfig
+from llama import LlamaConfig
+from model import OwlConfig
+from vit import ViTConfig
+
+
+def owl1(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> OwlConfig:
+    """Combines the three configurations into an Owl1."""
+    return OwlConfig("owl1", vit, abstractor, llama)
+
+
+def owl2(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> OwlConfig:
+    """Combines the three configurations into an Owl2 and sets the fields in which it differs from Owl1."""
+    abstractor.grid_size = vit.grid_size
+    abstractor.dropout = 0.0
+    llama.adaptive = True
+    return OwlConfig("owl2", vit, abstractor, llama)
+
+
+def tiny_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
+    """A size that two CPU cores train within half an hour."""
+    return (
+        ViTConfig(image_size=64, patch_size=8, n_layer=4, n_head=4, n_embd=128, n_mlp=512),
+        AbstractorConfig(n_query=8, n_layer=2, n_head=4, n_embd=128, n_mlp=344, n_out=128, dropout=0.0),
+        LlamaConfig(vocab_size=512, context=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_mlp=344),
+    )
+
+
+def mid_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
+    """A size for benchmarks on a laptop, in the proportions of the 7B."""
+    return (
+        ViTConfig(image_size=448, n_layer=6, n_head=4, n_embd=256, n_mlp=1024),
+        AbstractorConfig(n_layer=6, n_head=4, n_embd=256, n_mlp=704, n_out=512),
+        LlamaConfig(n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_mlp=1376),
+    )
+
+
+PRESETS = {
+    "owl1-7b": lambda: owl1(ViTConfig(), AbstractorConfig(), LlamaConfig()),
+    "owl2-7b": lambda: owl2(ViTConfig(image_size=448), AbstractorConfig(), LlamaConfig()),
+    "tiny-owl1": lambda: owl1(*tiny_parts()),
+    "tiny-owl2": lambda: owl2(*tiny_parts()),
+    "mid-owl2": lambda: owl2(*mid_parts()),
+}
+
+
+def init_weights(model: nn.Module) -> nn.Module:
+    """Initializes a model, or a part of one, for training from scratch. Returns it.
+
+    A matrix has standard deviation fan_in ** -0.5, so that activations keep their scale.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-1] in ("cls_token", "position_embedding", "queries", "eos"):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)  # equal queries would stay equal in training
+    return model
