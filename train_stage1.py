@@ -1,31 +1,33 @@
-"""Stage 1: the owl learns to see (Owl1 section 3.2, Owl2 section 3.3).
+"""Stage 1: align the vision encoder and the abstractor with the language model (Owl1 section 3.2, Owl2 section 3.3).
 
-From pairs of images and captions. The language model stays frozen, so that it forgets nothing; the
-vision tower and the abstractor learn to speak to it. In Owl2 the image half of the modality-adaptive
-module (its K/V projections and norms for image words) is trained as well.
+The data are images with captions. The language model is frozen, so that it forgets nothing. The vision encoder and the
+abstractor are trained, in Owl2 also the visual half of the modality-adaptive module: the norms and K/V projections of
+visual tokens.
 
 From CLIP's and LLaMA's weights, on one GPU, on eight, and on two nodes of eight (the last line on both nodes):
 
     python train_stage1.py --preset owl2-7b --clip clip-vit-large-patch14 --llama Llama-2-7b-hf \\
-        --data 'laion/*.tar' --out runs/stage1 --micro 32 --workers 8
+        --data 'laion/*.tar' --out runs/stage1 --micro-batch 32 --workers 8
     torchrun --nproc_per_node=8 train_stage1.py --preset owl2-7b --clip ... --llama ... \\
-        --mix 'laion/*.tar':4 coco.json:1 --out runs/stage1 --micro 32 --workers 8
+        --mix 'laion/*.tar':4 coco.json:1 --out runs/stage1 --micro-batch 32 --workers 8
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 train_stage1.py ...
 
-(The folder of --out must be the same on both nodes.) --weights FOLDER starts from a model instead (the tiny owl does,
-with numbers of its own: see the Makefile). A JSON file of captions does as well as tar shards.
-
-Look at the data first with --check, at what is trained and whether it fits with --dry-run; continue a run that
-stopped with --resume.
+(Both nodes must share the folder of --out.) --weights FOLDER starts from a model instead. A JSON file of captions
+works as well as tar shards. Check the data with --check, what is trained and whether it fits with --dry-run; continue
+a run that stopped with --resume.
 """
 
-from launch import fail, initial_weights, parser, prepare, start_model
-from model import Owl
-from parallel import start_process
-from train import Recipe, train
-from weights import save_model, start_from
+from command import ArgumentParser, run, user_errors
 
-# The papers' numbers (Owl1 section 3.2, Owl2 section 3.3 and its appendix).
+from model import Owl
+from train import train
+from training.distributed import init_distributed
+from training.options import Recipe, add_training_flags
+from training.pretrained import pretrained_tensors
+from training.setup import build_model, build_run, initial_tensors
+from weights import save_model
+
+# The papers' hyperparameters (Owl1 section 3.2, Owl2 section 3.3 and its appendix).
 OWL1 = Recipe(
     steps=50_000,
     warmup=2_000,
@@ -59,7 +61,7 @@ RECIPES = {"owl1": OWL1, "owl2": OWL2}
 
 
 def choose_trained(model: Owl, freeze_vit: bool = False) -> None:
-    """Trains the vision tower, the abstractor and, in Owl2, the image half of the modality-adaptive module."""
+    """Freezes all but the vision encoder, the abstractor and the visual half of the modality-adaptive module."""
     model.requires_grad_(True)
     model.vit.requires_grad_(not freeze_vit)
     for name, parameter in model.llama.named_parameters():
@@ -67,28 +69,27 @@ def choose_trained(model: Owl, freeze_vit: bool = False) -> None:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    g = p.add_argument_group("starting from parts (with --preset)")
-    g.add_argument("--clip", metavar="FOLDER", help="openai/clip-vit-large-patch14, as safetensors")
-    g.add_argument("--llama", metavar="FOLDER", help="huggyllama/llama-7b for Owl1, meta-llama/Llama-2-7b-hf for Owl2")
-    p.add_argument("--freeze-vit", action="store_true", help="leave the vision tower as it is")
-    args = p.parse_args()
-    try:
-        place = start_process(args.device, args.precision)
+    parser = ArgumentParser(description=__doc__)
+    add_training_flags(parser)
+    parser.add_argument("--freeze-vit", action="store_true", help="do not train the vision encoder")
+    add = parser.add_argument_group("pretrained parts (with --preset)").add_argument
+    add("--clip", metavar="FOLDER", help="openai/clip-vit-large-patch14, as safetensors")
+    add("--llama", metavar="FOLDER", help="huggyllama/llama-7b for Owl1, meta-llama/Llama-2-7b-hf for Owl2")
+    args = parser.parse_args()
+    with user_errors():
+        dist = init_distributed(args.device, args.precision)
         if (args.clip or args.llama) and not (args.preset and args.clip and args.llama and not args.weights):
             raise ValueError("--clip, --llama and --preset go together, and without --weights")
         args.tokenizer = args.tokenizer or args.llama
-        model, tokenizer, recipe = start_model(args, RECIPES)
+        model, tokenizer, recipe = build_model(args, RECIPES)
         choose_trained(model, args.freeze_vit)
         if args.clip:
-            tensors = start_from(model.config, args.clip, args.llama)
+            tensors = pretrained_tensors(model.config, args.clip, args.llama)
         else:
-            tensors = initial_weights(args, model.config)
-        run = prepare(args, recipe, place, model, tokenizer, tensors)
-    except (ValueError, OSError) as error:
-        fail(error)
-    train(run, save_model)
+            tensors = initial_tensors(args, model.config)
+        training_run = build_run(args, dist, model, tokenizer=tokenizer, recipe=recipe, tensors=tensors)
+    train(training_run, save_model)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,0 +1,175 @@
+"""Checkpoints: the training state of a run. --resume continues a run from it, bit for bit.
+
+    RUN/checkpoints/step-00000500/
+        __0_0.distcp, __1_0.distcp, ...   each rank's shards of the trained parameters and of AdamW's moments
+        .metadata                         which shard of which tensor is in which file (torch.distributed.checkpoint)
+        manifest.json                     step, settings of the run, size and SHA-256 of every file and of itself
+
+A checkpoint is not what load_model reads. It holds the trained parameters, AdamW's moments and the step, and any
+number of ranks can resume from it, sharded or not; frozen parameters come from --weights again. Weights are the whole
+model in the Hugging Face layout, which a run writes to its own folder at the end: load_model reads those.
+
+A checkpoint is written as step-00000500.part and renamed when it is complete. If one is damaged nevertheless (its
+checksums tell), `find` skips it with a warning and returns the one before.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
+
+from training.distributed import Dist, all_gather_object, barrier
+from training.safe_metadata import SafeReader
+from weights import reading
+
+MANIFEST = "manifest.json"
+STEP = "step-" + "[0-9]" * 8
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The trained parameters and AdamW's two moments of each, by name: the tensors themselves, not copies."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moments = optimizer.state[parameter]
+            state[f"weight.{name}"] = parameter.detach()
+            state[f"moment1.{name}"] = moments["exp_avg"]
+            state[f"moment2.{name}"] = moments["exp_avg_sq"]
+    return state
+
+
+def save(folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *, dist: Dist, keep: int) -> None:
+    """Writes a checkpoint, then removes all but the newest `keep`. All ranks call it together.
+
+    metadata: a JSON object, stored in the manifest. tensors: plain ones (equal on all ranks) or DTensors.
+    """
+    final = folder / f"step-{step:08d}"
+    part = final.with_suffix(".part")
+    if dist.is_main:
+        for unfinished in folder.glob(f"{STEP}.part"):  # left by a process that was killed in save
+            shutil.rmtree(unfinished)
+        part.mkdir(parents=True)
+    barrier(dist)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns if there is no process group
+        dcp.save(tensors, storage_writer=FileSystemWriter(part), no_dist=not torch.distributed.is_initialized())
+
+    # Each rank computes the checksums of its own files.
+    own = {path.name: checksum(path) for path in part.iterdir() if path.name.startswith(f"__{dist.rank}_")}
+    checksums = all_gather_object(dist, own)
+    if dist.is_main:
+        files = {".metadata": checksum(part / ".metadata")}
+        for some in checksums:
+            files |= some
+        missing = [name for name in files if not (part / name).is_file()]
+        if missing:
+            raise OSError(f"{part} lacks {missing[0]}: all nodes must share the run's folder")
+        manifest = {"step": step, "facts": metadata, "tensors": sorted(tensors), "files": files}
+        (part / MANIFEST).write_bytes(encode_manifest(manifest))
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, which find had skipped
+        part.replace(final)
+        remove_old(folder, final, keep)
+    barrier(dist)
+
+
+def remove_old(folder: Path, newest: Path, keep: int) -> None:
+    """Removes all checkpoints except `newest` and the keep - 1 before it. Later ones are damaged: find skipped them."""
+    found = newest_first(folder)
+    n_damaged = found.index(newest)
+    for path in found[:n_damaged] + found[n_damaged + keep :]:
+        shutil.rmtree(path.replace(path.with_suffix(".part")))  # renamed first, so that no half of it is found
+
+
+def checksum(path: Path) -> list:
+    """[size in bytes, SHA-256] of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def encode_manifest(manifest: dict) -> bytes:
+    """The content of manifest.json: the manifest and its own SHA-256."""
+    own = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps(manifest | {"sha256": own}, indent=1).encode() + b"\n"
+
+
+def read_manifest(path: Path) -> dict:
+    """Reads a checkpoint's manifest. Raises OSError if it is missing, ValueError if it is damaged."""
+    content = (path / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(content)
+        del manifest["sha256"]
+        is_intact = encode_manifest(manifest) == content
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_intact = False
+    if not is_intact:
+        raise ValueError(f"{MANIFEST} is damaged")
+    return manifest
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, which may not exist."""
+    return sorted(folder.glob(STEP), reverse=True)
+
+
+def find(folder: Path, dist: Dist) -> tuple[Path, dict] | None:
+    """Returns the newest intact checkpoint and its manifest, or None if there is no checkpoint at all.
+
+    All ranks call it together. Warns about each checkpoint it skips. Raises ValueError if all are damaged.
+    """
+    found = all_gather_object(dist, newest_first(folder))[0]  # those that rank 0 sees
+    for path in found:
+        damage = find_damage(path, dist)
+        if damage is None:
+            return path, read_manifest(path)
+        if dist.is_main:
+            print(f"warning: the checkpoint {path} is skipped: {damage}", file=sys.stderr)
+    if found:
+        raise ValueError(f"none of the checkpoints in {folder} can be used; remove the folder to start again")
+    return None
+
+
+def find_damage(path: Path, dist: Dist) -> str | None:
+    """Verifies a checkpoint's files. Returns what is wrong, or None. Each rank verifies a part of the files."""
+    try:
+        files = sorted(read_manifest(path)["files"].items())
+    except OSError:
+        return f"{MANIFEST} cannot be read"
+    except ValueError as error:
+        return str(error)
+    wrong = []
+    for name, expected in files[dist.rank :: dist.world_size]:
+        file = path / Path(name).name
+        if not file.is_file() or checksum(file) != expected:
+            wrong.append(name)
+    wrong = sorted(sum(all_gather_object(dist, wrong), []))
+    return f"{wrong[0]} is missing or damaged" if wrong else None
+
+
+def load(path: Path, manifest: dict, tensors: dict[str, Tensor]) -> None:
+    """Reads a checkpoint into tensors. All ranks call it together.
+
+    Raises ValueError if the checkpoint has other names or shapes, or cannot be read.
+    """
+    if manifest["tensors"] != sorted(tensors):
+        raise ValueError(f"{path} is from a run that trained other parameters")
+    with reading(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            dcp.load(tensors, storage_reader=SafeReader(path), no_dist=not torch.distributed.is_initialized())
+        except dcp.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None  # the error of the first rank that failed
+
+
+def resume(path: Path, manifest: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Loads a checkpoint into the trained parameters and into AdamW. Raises ValueError as `load` does."""
+    load(path, manifest, training_state(model, optimizer))
+    for state in optimizer.state.values():
+        state["step"].fill_(manifest["facts"]["updates"])

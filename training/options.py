@@ -1,0 +1,153 @@
+"""Command-line flags that the training stages share, and Recipe: the hyperparameters of a stage.
+
+The flags of a recipe are generated from the fields of Recipe. A flag that is not given keeps the paper's number.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+from data.image import FITS
+from training.distributed import PRECISIONS
+from training.presets import PRESETS
+
+MIN_SAMPLES = 100  # --max-skipped applies from this number of samples on
+
+
+def number(kind: type, is_valid: Callable[[float], bool], rule: str) -> Callable[[str], Any]:
+    """Returns an argparse type for numbers of this kind that satisfy the rule. All comparisons with nan are false."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it if the text is not a number
+    return parse
+
+
+positive_int = number(int, lambda x: x > 0, "above 0")
+nonnegative_int = number(int, lambda x: x >= 0, "0 or more")
+positive_float = number(float, lambda x: 0 < x < math.inf, "above 0")
+nonnegative_float = number(float, lambda x: 0 <= x < math.inf, "0 or more")
+fraction = number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+fraction_below_1 = number(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+
+
+def setting(kind: Callable[[str], Any], help: str | None = None, default: Any = MISSING, **options: Any) -> Any:
+    """A field of Recipe. kind, help and options are add_argument's for its flag; default is the field's."""
+    return field(default=default, metadata={"type": kind, "help": help, **options})
+
+
+@dataclass
+class Recipe:
+    """Hyperparameters of a stage. A step is one optimizer step; lengths are in tokens; rates are AdamW's."""
+
+    steps: int = setting(positive_int)
+    warmup: int = setting(nonnegative_int, "linear warm-up of the learning rate", metavar="STEPS")
+    batch: int = setting(positive_int, "samples per step, over all devices")
+    lr: float = setting(positive_float, "peak learning rate")
+    min_lr: float = setting(nonnegative_float, "learning rate of the last step, at the end of a cosine")
+    betas: tuple[float, float] = setting(fraction_below_1, "of AdamW", nargs=2)
+    eps: float = setting(positive_float, "of AdamW")
+    weight_decay: float = setting(nonnegative_float, "of AdamW; norms and biases have none")
+    grad_clip: float = setting(positive_float, "maximum norm of the gradient")
+    max_length: int = setting(positive_int, "maximum tokens of a sample; turns beyond it are dropped")
+    image_size: int = setting(nonnegative_int, "pixels; position embeddings are interpolated; 0: as in the weights")
+    vit_lr_decay: float = setting(positive_float, "learning rate factor from one ViT layer to the one below", 1.0)
+    crop_scale: float = setting(fraction, "random crops of at least this share of the image, and flips; 0: off", 0.0)
+
+
+def make_recipe(args: argparse.Namespace, paper: Recipe) -> Recipe:
+    """The paper's recipe with the hyperparameters that the command line gives."""
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
+    if "betas" in given:
+        given["betas"] = tuple(given["betas"])
+    return replace(paper, **given)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that all stages share. Those of the recipe are None unless given."""
+    add_data_flags(parser)
+    add_run_flags(parser)
+    group = parser.add_argument_group("recipe (default: the paper's numbers for this model and stage)")
+    for f in fields(Recipe):
+        group.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model is trained on which data."""
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=sorted(PRESETS), help="size of the model, without --weights")
+    add("--weights", metavar="FOLDER", help="start from this model folder (Hugging Face layout)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.model or its folder (default: --weights)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="SOURCE", help="training data: .json, .jsonl, or tar shards ('laion/*.tar')")
+    add(
+        "--mix",
+        metavar="SOURCE:WEIGHT",
+        nargs="+",
+        help="several sources instead, and how often each is sampled: llava.json:1 chat.json:0.5 'laion/*.tar':4",
+    )
+    add("--val", metavar="SOURCE", help="validation data")
+    add("--image-root", metavar="FOLDER", help="image paths are relative to it (default: the data file's folder)")
+    add("--index", metavar="FOLDER", help="folder for the index of tar shards (default: the shards' folder)")
+    add("--merge-images", action="store_true", help="merge the conversations about the same image into one")
+    add("--fit", choices=FITS, help="how images become squares (default: owl1 stretch, owl2 square)")
+    add(
+        "--max-skipped",
+        type=fraction,
+        default=0.1,
+        metavar="SHARE",
+        help=f"stop if more of the samples are unusable, after at least {MIN_SAMPLES} (default 0.1)",
+    )
+    add("--check", action="store_true", help="read all data, show a few samples, and exit")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the run and of the devices it uses."""
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="folder of the run (required except with --check and --dry-run)")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--seed", type=int, default=0)
+    add(
+        "--micro-batch",
+        "--micro",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="samples in one forward pass on one device (default 8)",
+    )
+    add("--workers", type=nonnegative_int, default=0, help="data-loading processes per rank (default 0)")
+    add("--log-every", type=positive_int, default=10, metavar="STEPS")
+    add("--val-every", type=positive_int, default=500, metavar="STEPS")
+    add("--save-every", type=positive_int, default=500, metavar="STEPS")
+    add("--keep", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep (default 2)")
+    add(
+        "--dry-run",
+        type=nonnegative_int,
+        nargs="?",
+        const=0,
+        metavar="DEVICES",
+        help="print what is trained and the memory per device, and exit; DEVICES: per node, if not those of this run",
+    )
+
+    add = parser.add_argument_group("devices").add_argument
+    add("--device", help="cuda, cpu, ... (default: cuda if available)")
+    add("--precision", choices=PRECISIONS, help="of matrix products and frozen weights (default: cuda bf16, else fp32)")
+    add(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="replicate the model on each device, or shard it (default: shard if over a billion parameters are trained "
+        "on several GPUs)",
+    )
+    add(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help="activation checkpointing: less memory, a third more compute (default: for models of over a billion)",
+    )
+    add("--compile", action="store_true", help="torch.compile each block: faster after a slow start")

@@ -1,0 +1,74 @@
+"""Reads a checkpoint's .metadata without running what it contains: a run to resume may come from a stranger.
+
+torch.distributed.checkpoint describes its tensors in a pickle, `.metadata`, and unpickles it without limits. SafeReader
+unpickles only the classes of such a description, and accepts only tensors in files of the checkpoint's own folder.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import metadata as dcp_metadata
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of checkpoints with a restricted unpickler. Raises ValueError for metadata it does not accept."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        with (folder / ".metadata").open("rb") as file:
+            try:
+                self.metadata = MetadataUnpickler(file).load()
+            except MemoryError:  # a damaged length, not a lack of memory
+                raise ValueError(".metadata is damaged") from None
+
+        # torch would unpickle an entry that is not a tensor without limits, and would follow any path.
+        entries = self.metadata.state_dict_metadata.values()
+        paths = {stored.relative_path for stored in self.metadata.storage_data.values()}
+        outside = paths - {file.name for file in folder.iterdir()}
+        if outside or any(type(entry) is not dcp_metadata.TensorStorageMetadata for entry in entries):
+            raise ValueError(f".metadata describes objects that are not tensors, or other files: {sorted(outside)}")
+
+    def read_metadata(self, *args: object, **kwargs: object) -> dcp.Metadata:
+        self.metadata.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
+        return self.metadata
+
+
+class MetadataUnpickler(pickle._Unpickler):
+    """Unpickles only the classes that describe tensors. Raises pickle.UnpicklingError for any other name.
+
+    This is pickle's unpickler in Python: the C version lets a pickle set attributes of any class or function that it
+    can name (the BUILD opcode), which amounts to running code. BytesStorageMetadata is excluded, because torch would
+    unpickle the bytes that it describes without limits.
+    """
+
+    DESCRIPTIONS = {
+        (dcp_metadata.__name__, name)
+        for name in ("ChunkStorageMetadata", "TensorStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties")
+    } | {(dcp_metadata.__name__, "StorageMeta"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+    OTHERS = {
+        (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+        ("pathlib._local", "PosixPath"),
+        ("pathlib._local", "WindowsPath"),
+    }
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> object:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in self.DESCRIPTIONS | self.OTHERS:
+            raise pickle.UnpicklingError(f".metadata refers to {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        kind = type(self.stack[-2])
+        if (kind.__module__, kind.__name__) not in self.DESCRIPTIONS:
+            raise pickle.UnpicklingError(f".metadata modifies a {kind.__name__}, which no checkpoint needs")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build

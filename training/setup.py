@@ -1,0 +1,285 @@
+"""From a stage's command line to a run that can start.
+
+    flags --build_model--> the model on the meta device (no memory yet), tokenizer, recipe
+              | the stage selects what is trained
+          --build_run----> data opened, checkpoint found, model sharded if asked and given its first weights
+
+All user errors are found here, before anything slow begins. --check and --dry-run exit from here.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lora
+from data.check import check
+from data.conversations import Batch, Conversations, SampleSpec, Skipped, collate
+from data.mix import BatchSampler, Mixture, parse_mix
+from data.text import Tokenizer
+from model import Owl, OwlConfig
+from training import checkpoint
+from training.distributed import Dist, barrier
+from training.memory import activation_bytes
+from training.options import Recipe, make_recipe
+from training.parallel import LARGE, autocast, blocks, choose_fsdp, device_memory
+from training.parallel import materialize, prepare_blocks, shard, shard_group_size
+from training.presets import PRESETS, init_weights
+from training.pretrained import resize_position_embeddings
+from weights import WEIGHT_FILES, hf_tensors, read_config
+
+# Flags that may differ when a run resumes: they do not change its result, except for rounding.
+NOT_COMPARED = ("out", "resume", "check", "dry_run", "val", "log_every", "val_every", "save_every", "keep")
+NOT_COMPARED += ("max_skipped", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
+
+
+@dataclass
+class TrainingRun:
+    """Everything that train() needs, already validated by build_run."""
+
+    args: argparse.Namespace
+    recipe: Recipe
+    dist: Dist
+    fsdp: bool
+    model: Owl
+    data: Mixture
+    val_data: Conversations | None
+    checkpoint: tuple[Path, dict] | None = None  # to resume from, and its manifest
+
+    @property
+    def out(self) -> Path:
+        return Path(self.args.out)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.recipe.batch // (self.args.micro_batch * self.dist.world_size)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
+    def settings(self) -> dict:
+        """The settings that must be equal when the run resumes. Their names are part of the checkpoint format."""
+        settings = {name: value for name, value in vars(self.args).items() if name not in NOT_COMPARED}
+        settings |= {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self.recipe).items()}
+        n_samples = [len(source) for source in self.data.sources]
+        return settings | {"precision": str(self.dist.dtype), "samples": n_samples}
+
+
+def count_parameters(model: Owl) -> str:
+    """A table of the trained and the frozen parameters in each part of the model."""
+    lines = []
+    for name, part in [*model.named_children(), ("all", model)]:
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in part.parameters() if not p.requires_grad)
+        lines.append(f"  {name:<12}{trained:>16,} trained{frozen:>16,} frozen")
+    return "\n".join(lines)
+
+
+# --- the model ---------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Owl, Tokenizer, Recipe]:
+    """Returns the model without its weights, its tokenizer, and the recipe of its variant.
+
+    The model has the shape of --weights, or of --preset with the vocabulary of --tokenizer. It is on the meta device,
+    because it takes memory only after the stage has frozen parameters and build_run has sharded it.
+    """
+    if args.weights:
+        tokenizer = Tokenizer(args.tokenizer or args.weights)
+        config = read_config(args.weights)
+    elif args.preset and args.tokenizer:
+        tokenizer = Tokenizer(args.tokenizer)
+        config = PRESETS[args.preset]()
+        config.llama.vocab_size = tokenizer.vocab_size
+    else:
+        raise ValueError("give --weights FOLDER, or --preset NAME and --tokenizer PATH to start from random weights")
+    if tokenizer.vocab_size > config.llama.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.llama.vocab_size}")
+    recipe = make_recipe(args, papers[config.variant])
+    config.resize(recipe.image_size or config.image_size)
+    config.llama.eos_id = tokenizer.eos_id
+    with torch.device("meta"):
+        model = Owl(config)
+    model.tokenizer_folder = tokenizer.path.parent
+    return model, tokenizer, recipe
+
+
+def initial_tensors(args: argparse.Namespace, config: OwlConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights that a run starts from: those of --weights, or random ones (for small models)."""
+    if args.weights:
+        yield from resize_position_embeddings(hf_tensors(args.weights, read_config(args.weights)), config)
+    else:
+        yield from init_weights(Owl(config)).state_dict().items()
+
+
+# --- the data ----------------------------------------------------------------------------------------
+
+
+def build_data(
+    args: argparse.Namespace, recipe: Recipe, config: OwlConfig, tokenizer: Tokenizer
+) -> tuple[Mixture, Conversations | None]:
+    """Opens the training data and, with --val, the validation data, which is not cropped."""
+
+    def open_source(path: str, crop_scale: float) -> Conversations:
+        sizes = {"max_length": recipe.max_length, "fit": args.fit, "crop_scale": crop_scale}
+        spec = SampleSpec.for_model(config, tokenizer, **sizes)
+        files = {"image_root": args.image_root, "merge": args.merge_images, "index": args.index}
+        return Conversations(path, spec, **files, n_worker=args.workers)
+
+    if (args.data is None) == (args.mix is None):
+        raise ValueError("give --data SOURCE, or several with --mix SOURCE:WEIGHT ...")
+    parts = [parse_mix(text) for text in args.mix] if args.mix else [(args.data, 1.0)]
+    data = Mixture([open_source(path, recipe.crop_scale) for path, _ in parts], [weight for _, weight in parts])
+    return data, open_source(args.val, 0.0) if args.val else None
+
+
+def make_sampler(run: TrainingRun, first_step: int = 0) -> BatchSampler:
+    """The sampler of this rank's micro-batches, from a step (counted from 0) to the end of the run."""
+    return BatchSampler(
+        data=run.data,
+        steps=range(first_step, run.recipe.steps),
+        seed=run.args.seed,
+        batch_size=run.recipe.batch,
+        micro_batch_size=run.args.micro_batch,
+        rank=run.dist.rank,
+        world_size=run.dist.world_size,
+    )
+
+
+def check_samples(data: Mixture, dist: Dist) -> None:
+    """Warns about unreadable shards. Raises ValueError if the first rows of a source are all unusable."""
+    for source in data.sources:
+        for reason in source.broken if dist.is_main else ():
+            print(f"warning: {reason}", file=sys.stderr)
+        first = [source[0, index] for index in range(min(len(source), 20))]
+        if all(isinstance(sample, Skipped) for sample in first):
+            raise ValueError(f"none of the first {len(first)} rows of {source.path} can be used; {first[0].reason}")
+
+
+# --- the run -----------------------------------------------------------------------------------------
+
+
+def build_run(
+    args: argparse.Namespace,
+    dist: Dist,
+    model: Owl,
+    *,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> TrainingRun:
+    """Opens the data, finds a checkpoint to resume from, and gives the model its first weights.
+
+    model: from build_model, after the stage has frozen what it does not train. tensors: the first weights, by name.
+    Raises ValueError or OSError for settings or files that cannot be used.
+    """
+    if not args.check and args.dry_run is None:
+        check_out(args)
+    if not dist.is_main:
+        barrier(dist)  # waits for rank 0, which may have to index the data
+    data, val_data = build_data(args, recipe, model.config, tokenizer)
+    if dist.is_main:
+        barrier(dist)
+    if args.check:
+        sys.exit(1 if check(data) else 0)
+    check_samples(data, dist)
+    if recipe.batch % (args.micro_batch * dist.world_size) != 0:
+        sizes = f"{args.micro_batch} (--micro-batch) x {dist.world_size} processes"
+        raise ValueError(f"--batch {recipe.batch} is not a multiple of {sizes}")
+
+    # Blocks are compiled and checkpointed, and the model sharded, while it has no memory.
+    fsdp = choose_fsdp(args.parallel, model, dist)
+    is_large = sum(p.numel() for p in model.parameters()) > LARGE
+    prepare_blocks(model, dist, is_large if args.recompute is None else args.recompute, args.compile)
+    run = TrainingRun(args, recipe, dist, fsdp, model.train(), data, val_data)
+    if args.dry_run is not None:
+        sys.exit(dry_run(run))
+    run.checkpoint = find_checkpoint(run)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if fsdp:
+        shard(model, dist)
+    torch.manual_seed(args.seed)
+    materialize(model, chain(tensors, lora.init_lora(model)), dist.device)
+    return run
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raises ValueError if --out is missing, or if the run would overwrite a file or other weights in it."""
+    if not args.out:
+        raise ValueError("give the run a folder: --out")
+    out = Path(args.out)
+    if args.weights and out.resolve() == Path(args.weights).resolve():
+        raise ValueError(f"--out {out} is also --weights: the run would overwrite the model it starts from")
+    if any((out / name).exists() for name in WEIGHT_FILES[1:]):
+        raise ValueError(f"--out {out} already holds other weights: choose another folder")
+
+
+def find_checkpoint(run: TrainingRun) -> tuple[Path, dict] | None:
+    """Returns the checkpoint to resume from and its manifest, or None. Raises ValueError if it is from another run."""
+    found = checkpoint.find(run.checkpoints, run.dist)
+    if found is None:
+        return None
+    if not run.args.resume:
+        raise ValueError(f"{run.out} already holds a run: continue it with --resume, or choose another --out")
+    path, manifest = found
+    saved, now = manifest["facts"]["settings"], run.settings
+    different = [f"{key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
+    if different:
+        raise ValueError(f"{path} is from a run with other settings ({'; '.join(different)})")
+    return found
+
+
+def dry_run(run: TrainingRun) -> int:
+    """Prints what is trained and the memory that each device needs. Returns 0 if it fits, 1 if it does not."""
+    dist = run.dist
+    batches = [collate([run.data[key] for key in keys]) for keys in islice(make_sampler(run), 4)]
+    largest = max(batches, key=lambda batch: (batch.n_image, batch.n_token))  # a step's largest come first
+    needed = memory_per_device(run, largest)
+    available = device_memory(dist.device)
+    total = sum(needed.values())
+    fits = total < 0.95 * available  # the rest is fragmentation, and the device's own needs
+    if dist.is_main:
+        print(count_parameters(run.model))
+        n_tokens = largest.ids.shape[1]
+        print(f"memory per device, for {largest.n_sample} samples of {n_tokens} tokens with {largest.n_image} images:")
+        for kind, n in needed.items():
+            print(f"  {kind:<12}{n / 1e9:>10.2f} GB")
+        verdict = "it should fit" if fits else "it does not fit"
+        print(f"  {'all':<12}{total / 1e9:>10.2f} GB of {available / 1e9:.2f} GB: {verdict}")
+    return 0 if fits else 1
+
+
+def memory_per_device(run: TrainingRun, largest: Batch) -> dict[str, float]:
+    """Bytes that training needs on each device, by kind. largest: the largest micro-batch of a step.
+
+    run.model is on the meta device; with FSDP it is cast here. --dry-run N: for a node of N devices.
+    """
+    model, dist, fsdp = run.model, run.dist, run.fsdp
+    needed = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
+    for parameter in model.parameters():
+        needed["weights"] += parameter.nbytes
+        needed["gradients"] += parameter.nbytes * parameter.requires_grad
+        needed["optimizer"] += 2 * parameter.nbytes * parameter.requires_grad
+    cpu_autocast = autocast(replace(dist, device=torch.device("cpu")), fsdp)
+    if fsdp:
+        n_devices = run.args.dry_run or shard_group_size(dist)
+        needed = {kind: n / n_devices for kind, n in needed.items()}
+        in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+        rest = sum(p.numel() for p in model.parameters()) - sum(in_blocks)
+        # Two blocks at a time, and everything outside blocks: weights, gradients, and gradients in float32 to reduce.
+        needed["gathered"] = (2 * max(in_blocks) + rest) * (2 * dist.dtype.itemsize + 4)
+        model.to(dist.dtype)
+    sizes = (largest.n_image, largest.ids.shape[1], largest.n_supervised)
+    accumulate = fsdp or run.recipe.batch != run.args.micro_batch
+    needed["activations"] = activation_bytes(model, *sizes, autocast=cpu_autocast, accumulate=accumulate)
+    if not accumulate:  # a single micro-batch: gradients appear as activations are freed, and share their peak
+        needed["activations"] -= needed["gradients"]
+    return needed
