@@ -1,3 +1,3 @@
-"""Images, and the data sets that stages 1 and 2 train on."""
+"""Text, images, and the training data of stages 1 and 2."""
 
-CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."  # what a caption is the answer to
+CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."  # the question that a caption answers

@@ -1,297 +1,273 @@
-"""From words to token ids, and which of them are supervised.
+"""Text to token ids, and which of them are supervised.
 
-Both owls read LLaMA's SentencePiece tokens; what differs is how a conversation is
-written down. An image is one IMAGE_ID here (`expand_images` gives it its positions).
+Owl1 and Owl2 use LLaMA's SentencePiece tokenizer and differ in the prompt format. Here an image is one
+IMAGE_TOKEN_ID; `expand_images` repeats it for each of its visual tokens.
 
-Owl2, <s> once at the start, </s> after every answer:
+Owl2: <s> once at the start, </s> after every answer:
 
-    USER: <|image|>What is this? ASSISTANT: A cat.</s>USER: What colour? ASSISTANT:
+    USER: <|image|>What is this? ASSISTANT: A cat.</s>USER: What color? ASSISTANT:
                                             ~~~~~~~~~~ supervised in training
 
-Owl1, a system prompt first, each image on a line of its own:
+Owl1: a system prompt first, each image on its own line:
 
     The following is a conversation ...
     Human: <image>
     Human: What is this?
     AI: A cat.
-        ~~~~~~ supervised in training, with the </s> that training puts after it
+        ~~~~~~ supervised in training, with the </s> that training adds
 
-Text is tokenised in pieces: at each image, and at each </s>, one ends and the next
-begins; SentencePiece puts a space in front of each. In Owl1's training data `AI: `
-and `\\nHuman: ` are pieces of their own as well. One renderer below writes each
-format as a list of pieces, for prompts and for training alike.
+Text is tokenized in segments, which end at each image and at each </s>; SentencePiece puts a space in front of each
+segment. In Owl1's training data, `AI: ` and `\\nHuman: ` are segments of their own as well. For each format one
+function returns the list of segments, for prompts and for training:
 
-What a person typed is text and nothing else: only `<image>` and `<|image|>` have a
-meaning in it. A typed `</s>` becomes the letters of it.
+    conversation --owl1_segments, owl2_segments--> [(text, is_supervised), ...] --encode_segments--> ids, labels
+
+User text is only text: nothing except the image placeholders `<image>` and `<|image|>` has a special meaning in it.
+A typed `</s>` is tokenized as its letters.
 """
 
-import json
 import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from model import IGNORE, IMAGE_ID
+from model import IGNORE_INDEX, IMAGE_TOKEN_ID
+from weights import read_json, reading
 
-IMAGE_MARK = re.compile(r"<image>|<\|image\|>")
+IMAGE_PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
 OWL1_SYSTEM = (
     "The following is a conversation between a curious human and AI assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 HUMAN = "\nHuman: "
 AI = "AI: "
-Piece = tuple[str | int, bool]  # a text, IMAGE_ID, or the end token; and whether it is supervised
-LONER = "\x01"  # a character that SentencePiece joins to no other
-END = -1  # stands for </s> in a list of pieces; no token has this id
+Segment = tuple[str | int, bool]  # a text, IMAGE_TOKEN_ID or EOS; whether it is supervised
+EOS = -1  # stands for </s> in a list of segments; no token has this id
+SEPARATOR = "\x01"  # a character that SentencePiece merges with no other
 
 
 class Tokenizer:
     """LLaMA's tokenizer.
 
-    path: a folder that holds tokenizer.model, or that file. `legacy` in the tokenizer_config.json beside it
-    (true when absent) is LLaMA's old habit: text after a </s> begins with a space that nobody wrote.
-    Raises FileNotFoundError or ValueError in one sentence.
+    path: a folder with tokenizer.model, or that file. `legacy` in the tokenizer_config.json beside it (default: true)
+    selects LLaMA's old behavior: text after a </s> begins with an extra space.
+    Raises FileNotFoundError, or ValueError if a file cannot be read.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        if path.is_dir():
-            path = path / "tokenizer.model"
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no tokenizer at {path}")
-        try:
-            self.pieces = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model ({error})") from None
+        path = path / "tokenizer.model" if path.is_dir() else path
+        with reading(path):
+            self.processor = SentencePieceProcessor()
+            self.processor.LoadFromSerializedProto(path.read_bytes())
         self.path = path
-        self.legacy = _read_legacy(path.with_name("tokenizer_config.json"))
-        self.bos_id = self.pieces.bos_id()
-        self.eos_id = self.pieces.eos_id()
-        self.vocab_size = self.pieces.vocab_size()
+        config = path.with_name("tokenizer_config.json")
+        self.legacy = not config.is_file() or read_json(config).get("legacy") is not False  # null: not set
+        self.bos_id = self.processor.bos_id()
+        self.eos_id = self.processor.eos_id()
+        self.vocab_size = self.processor.vocab_size()
 
-    def encode(self, text: str, after_end: bool = False) -> list[int]:
-        """The ids of one piece of text, without <s>. after_end: the piece follows a </s>.
-
-        Raises ValueError for a text that is not Unicode.
-        """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("the text holds half a character (a lone surrogate)") from None
-        if after_end and not self.legacy:
-            # A character that is in no piece takes SentencePiece's space upon itself, and is cut off again.
-            return self.pieces.encode(LONER + text)[len(self.pieces.encode(LONER)) :]
-        return self.pieces.encode(text)
+    def encode(self, text: str, after_eos: bool = False) -> list[int]:
+        """Tokenizes one segment, without <s>. after_eos: it follows a </s>. Raises ValueError for a lone surrogate."""
+        text.encode("utf-8")  # UnicodeEncodeError is a ValueError
+        if after_eos and not self.legacy:
+            # SentencePiece's space goes to a character that merges with no other; its tokens are removed again.
+            return self.processor.encode(SEPARATOR + text)[len(self.processor.encode(SEPARATOR)) :]
+        return self.processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of an answer; control tokens and ids outside the vocabulary have none."""
-        return self.pieces.decode([i for i in ids if 0 <= i < self.vocab_size])
+        """The text of an answer. Control tokens and ids outside the vocabulary have no text."""
+        return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def show(self, ids: list[int]) -> str:
+        """The text of tokens, with control tokens written out and every space kept."""
+        parts = []
+        for token in ids:
+            text = self.processor.id_to_piece(token)
+            is_byte = self.processor.is_byte(token)  # such as <0x0A>, a part of a character without a token
+            parts.append(bytes([int(text[1:-1], 16)]) if is_byte else text.replace("▁", " ").encode())
+        return b"".join(parts).decode(errors="replace")
 
 
-def _read_legacy(path: Path) -> bool:
-    if not path.is_file():
-        return True
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    legacy = content.get("legacy") if isinstance(content, dict) else None
-    return legacy is not False  # null stands for "not set"
+# --- segments ----------------------------------------------------------------------------------------
 
 
-# --- pieces ----------------------------------------------------------------------------------------
-
-
-def mark(text: str, supervised: bool = False) -> list[Piece]:
-    """Cuts a text at its images. Empty texts are left out."""
-    pieces: list[Piece] = []
+def split_at_images(text: str, is_supervised: bool = False) -> list[Segment]:
+    """Splits a text at its image placeholders into segments. Empty texts are left out."""
+    segments: list[Segment] = []
     end = 0
-    for match in IMAGE_MARK.finditer(text):
-        pieces.append((text[end : match.start()], supervised))
-        pieces.append((IMAGE_ID, False))
+    for match in IMAGE_PLACEHOLDER.finditer(text):
+        segments += [(text[end : match.start()], is_supervised), (IMAGE_TOKEN_ID, False)]
         end = match.end()
-    pieces.append((text[end:], supervised))
-    return [piece for piece in pieces if piece[0] != ""]
+    segments.append((text[end:], is_supervised))
+    return [segment for segment in segments if segment[0] != ""]
 
 
-def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Turns pieces into (ids, labels), with <s> in front; labels are IGNORE where not supervised."""
+def encode_segments(segments: list[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokenizes segments to (ids, labels), starting with <s>; labels are IGNORE_INDEX where not supervised."""
     ids = [tokenizer.bos_id]
-    labels = [IGNORE]
-    after_end = False
-    for content, supervised in pieces:
-        if content == IMAGE_ID:
-            new = [IMAGE_ID]
-        elif content == END:
+    labels = [IGNORE_INDEX]
+    after_eos = False
+    for content, is_supervised in segments:
+        if content == IMAGE_TOKEN_ID:
+            new = [IMAGE_TOKEN_ID]
+        elif content == EOS:
             new = [tokenizer.eos_id]
         else:
-            new = tokenizer.encode(content, after_end)
+            new = tokenizer.encode(content, after_eos)
         ids += new
-        labels += new if supervised else [IGNORE] * len(new)
-        after_end = content == END
+        labels += new if is_supervised else [IGNORE_INDEX] * len(new)
+        after_eos = content == EOS
     return ids, labels
 
 
-def owl2_pieces(turns: list[str | None], training: bool) -> list[Piece]:
-    """Owl2's format. turns: questions and answers in turn; None is the place of an answer to come.
+def owl2_segments(turns: list[str | None], training: bool) -> list[Segment]:
+    """Owl2's format. turns: alternating questions and answers; None is an answer that is to be generated.
 
-    Each question runs together with the `ASSISTANT:` after it; the answer is a piece of its own, which gives
-    the same tokens as one running text, since a piece's own space is the one after the colon.
+    A question and the `ASSISTANT:` after it are one segment. The answer is a segment of its own, which gives the
+    same tokens as continuous text, since SentencePiece's space is the one after the colon.
     """
-    pieces: list[Piece] = []
-    for i in range(0, len(turns), 2):
-        question, answer = turns[i], turns[i + 1]
-        # The released template writes an empty message as the bare role.
-        pieces += mark(f"USER: {question} ASSISTANT:" if question else "USER:ASSISTANT:")
+    segments: list[Segment] = []
+    for question, answer in zip(turns[::2], turns[1::2]):
+        # The released template writes an empty message as the role alone.
+        segments += split_at_images(f"USER: {question} ASSISTANT:" if question else "USER:ASSISTANT:")
         if answer is not None:
-            pieces += mark(answer, supervised=training)
-            pieces.append((END, training))
-    return pieces
+            segments += [*split_at_images(answer, training), (EOS, training)]
+    return segments
 
 
 def owl1_lines(turns: list[str | None]) -> list[tuple[str, str]]:
-    """Owl1's format as (speaker, what is said); images that begin a question get lines of their own."""
+    """Owl1's format as (speaker, text). Images at the beginning of a question get lines of their own."""
     lines = [("", OWL1_SYSTEM)]
-    for i in range(0, len(turns), 2):
-        question, answer = turns[i], turns[i + 1]
-        first = re.match(r"(\s*(<image>|<\|image\|>))+\s*", question)
-        if first is not None:
-            question = question[first.end() :]
-            lines += [(HUMAN, "<image>")] * len(IMAGE_MARK.findall(first[0]))
-        if question or first is None:
+    for question, answer in zip(turns[::2], turns[1::2]):
+        images = re.match(rf"(\s*({IMAGE_PLACEHOLDER.pattern}))+\s*", question)
+        if images is not None:
+            question = question[images.end() :]
+            lines += [(HUMAN, "<image>")] * len(IMAGE_PLACEHOLDER.findall(images[0]))
+        if question or images is None:
             lines.append((HUMAN, question))
         lines[-1] = (HUMAN, lines[-1][1] + "\n")  # the line break before "AI: " belongs to the question
         lines.append((AI, "" if answer is None else answer))
     return lines
 
 
-def owl1_lines_of_text(text: str) -> list[tuple[str, str]]:
-    """Owl1's training text as (speaker, what is said). An answer begins where a line begins with `AI: `."""
+def split_owl1_text(text: str) -> list[tuple[str, str]]:
+    """Owl1's training text as (speaker, text). An answer begins where a line begins with `AI: `."""
     parts = re.split(rf"({HUMAN}|(?<=\n){AI})", text)
     return list(zip(["", *parts[1::2]], parts[0::2]))
 
 
-def owl1_pieces(lines: list[tuple[str, str]]) -> list[Piece]:
-    """Owl1's training format: each speaker and each thing said are pieces of their own, </s> ends an answer."""
-    pieces: list[Piece] = []
-    for speaker, said in lines:
+def owl1_segments(lines: list[tuple[str, str]]) -> list[Segment]:
+    """Owl1's training format: each speaker and each text are segments of their own; </s> ends an answer."""
+    segments: list[Segment] = []
+    for speaker, text in lines:
         if speaker:
-            pieces.append((speaker, False))
-        pieces += mark(said, supervised=speaker == AI)
-        if speaker == AI and said:
-            pieces.append((END, True))
-    return pieces
+            segments.append((speaker, False))
+        segments += split_at_images(text, is_supervised=speaker == AI)
+        if speaker == AI and text:
+            segments.append((EOS, True))
+    return segments
 
 
 def owl1_turns(lines: list[tuple[str, str]]) -> list[str]:
-    """Owl1's lines as questions and answers in turn; ValueError if they are not."""
+    """Owl1's lines as alternating questions and answers. Raises ValueError if they are not."""
     turns: list[str] = []
     question = ""
-    for speaker, said in lines[1:]:
+    for speaker, text in lines[1:]:
         if speaker == HUMAN:
-            question += said
-        elif not question or not said:
-            raise ValueError("the text has an answer without a question, or an empty answer")
+            question += text
         else:
-            turns += [question.removesuffix("\n"), said]
+            turns += [question, text]
             question = ""
-    if not turns or question:
+    if question or not turns or not all(turns):
         raise ValueError("the text is not a conversation of `Human: ` and `AI: ` lines that ends with an answer")
+    turns[::2] = [question.removesuffix("\n") for question in turns[::2]]
     return turns
-
-
-# --- what others call --------------------------------------------------------------------------------
-
-
-def encode_raw(text: str, tokenizer: Tokenizer, style: str) -> list[int]:
-    """The ids of a whole prompt, given as it is written down. Here a `</s>` is the end token.
-
-    It is meant for prompts that a program has put together; text that a person typed goes through
-    render_prompt. The prompt is written in the style's own format, so that style changes nothing here but
-    that an unknown one is a ValueError.
-    """
-    _check_style(style)
-    pieces: list[Piece] = []
-    for i, part in enumerate(text.split("</s>")):
-        if i > 0:
-            pieces.append((END, False))
-        pieces += mark(part)
-    return encode_pieces(pieces, tokenizer)[0]
-
-
-def render_prompt(messages: list[str | None], tokenizer: Tokenizer, style: str, space: bool = False) -> list[int]:
-    """The ids of a conversation that waits for an answer, one IMAGE_ID an image.
-
-    messages: questions and answers in turn, the last None, where the answer goes. space: Owl2's prompt ends in a
-    space, for LLaMA a token of its own (the released chat has none; most of the released evaluation scripts do).
-    Raises ValueError for other messages.
-    """
-    _check_style(style)
-    if len(messages) % 2 != 0 or not messages or messages[-1] is not None or None in messages[:-1]:
-        raise ValueError("messages are questions and answers in turn, and the last is None: the answer to come")
-    if style == "owl1":
-        text = "".join(speaker + said for speaker, said in owl1_lines(messages))
-        return encode_pieces(mark(text), tokenizer)[0]
-    pieces = owl2_pieces(messages, training=False)
-    if space:
-        pieces[-1] = (pieces[-1][0] + " ", False)
-    return encode_pieces(pieces, tokenizer)[0]
-
-
-def render_conversation(
-    conversation: list[dict] | str, tokenizer: Tokenizer, style: str
-) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a finished conversation, one IMAGE_ID an image; the answers and their </s> are supervised.
-
-    conversation: LLaVA's list of {"from": "human" or "gpt", "value": text}, or Owl1's text.
-    Raises ValueError in one sentence for a conversation that is neither.
-    """
-    _check_style(style)
-    if style == "owl1":
-        is_text = isinstance(conversation, str)
-        lines = owl1_lines_of_text(conversation) if is_text else owl1_lines(llava_turns(conversation))
-        owl1_turns(lines)  # a ValueError if it is no conversation
-        return encode_pieces(owl1_pieces(lines), tokenizer)
-    turns = conversation_turns(conversation)
-    return encode_pieces(owl2_pieces(turns, training=True), tokenizer)
-
-
-def conversation_turns(conversation: list[dict] | str) -> list[str]:
-    """Questions and answers in turn, of LLaVA's turns or of Owl1's text; ValueError if it is neither."""
-    if isinstance(conversation, str):
-        return owl1_turns(owl1_lines_of_text(conversation))
-    return llava_turns(conversation)
 
 
 def llava_turns(conversation: list[dict]) -> list[str]:
-    """LLaVA's turns as questions and answers in turn; ValueError if they are not."""
-    if not isinstance(conversation, list) or not conversation:
-        raise ValueError("a conversation is a list of turns, and this one has none")
+    """LLaVA's turns as alternating questions and answers. Raises ValueError if they are not."""
+    if not isinstance(conversation, list) or not conversation or len(conversation) % 2 != 0:
+        raise ValueError("a conversation is a list of turns that ends with an answer")
     turns = []
     for i, turn in enumerate(conversation):
         speaker = ("human", "gpt")[i % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            raise ValueError(f'turn {i} should be {{"from": "{speaker}", "value": a text}}')
-        if speaker == "gpt" and not turn["value"].strip():
-            raise ValueError(f"turn {i} is an empty answer")
-        turns.append(turn["value"])
-    if len(turns) % 2 != 0:
-        raise ValueError("the last question has no answer")
+        text = turn.get("value") if isinstance(turn, dict) and turn.get("from") == speaker else None
+        if not isinstance(text, str) or (speaker == "gpt" and not text.strip()):
+            raise ValueError(f'turn {i} should be {{"from": "{speaker}", "value": text}}, and an answer not empty')
+        turns.append(text)
     return turns
 
 
+def conversation_turns(conversation: list[dict] | str) -> list[str]:
+    """Alternating questions and answers of LLaVA's turns or Owl1's text. Raises ValueError if it is neither."""
+    if isinstance(conversation, str):
+        return owl1_turns(split_owl1_text(conversation))
+    return llava_turns(conversation)
+
+
+# --- public functions --------------------------------------------------------------------------------
+
+
+def encode_raw(text: str, tokenizer: Tokenizer, variant: str) -> list[int]:
+    """Tokenizes a whole prompt as written, in the variant's format. Here `</s>` is the token.
+
+    For prompts that a program has built; use render_prompt for text that a user typed.
+    """
+    check_variant(variant)
+    segments: list[Segment] = []
+    for i, part in enumerate(text.split("</s>")):
+        if i > 0:
+            segments.append((EOS, False))
+        segments += split_at_images(part)
+    return encode_segments(segments, tokenizer)[0]
+
+
+def render_prompt(messages: list[str | None], tokenizer: Tokenizer, variant: str, space: bool = False) -> list[int]:
+    """The ids of a conversation that waits for an answer; each image is one IMAGE_TOKEN_ID.
+
+    messages: alternating questions and answers; the last is None, the answer to generate. space: Owl2's prompt ends
+    in a space, which is a token (the released chat has none; most of the released evaluation scripts do).
+    Raises ValueError for other messages.
+    """
+    check_variant(variant)
+    if len(messages) % 2 != 0 or not messages or messages[-1] is not None or None in messages[:-1]:
+        raise ValueError("messages are alternating questions and answers, and the last is None")
+    if variant == "owl1":
+        text = "".join(speaker + text for speaker, text in owl1_lines(messages))
+        return encode_segments(split_at_images(text), tokenizer)[0]
+    segments = owl2_segments(messages, training=False)
+    if space:
+        segments[-1] = (segments[-1][0] + " ", False)
+    return encode_segments(segments, tokenizer)[0]
+
+
+def render_conversation(
+    conversation: list[dict] | str, tokenizer: Tokenizer, variant: str
+) -> tuple[list[int], list[int]]:
+    """The (ids, labels) of a complete conversation; answers and their </s> are supervised.
+
+    Each image is one IMAGE_TOKEN_ID. conversation: LLaVA's list of {"from": "human" or "gpt", "value": text}, or
+    Owl1's text. Raises ValueError if it is neither.
+    """
+    check_variant(variant)
+    if variant == "owl2":
+        return encode_segments(owl2_segments(conversation_turns(conversation), training=True), tokenizer)
+    is_text = isinstance(conversation, str)
+    lines = split_owl1_text(conversation) if is_text else owl1_lines(llava_turns(conversation))
+    owl1_turns(lines)  # raises ValueError if it is not a conversation
+    return encode_segments(owl1_segments(lines), tokenizer)
+
+
 def expand_images(ids: list[int], labels: list[int] | None, n: int) -> tuple[list[int], list[int] | None]:
-    """Gives each image its n positions (n_query + 1) in ids, and in labels where there are any."""
-    long_ids: list[int] = []
-    long_labels: list[int] = []
-    for i, token in enumerate(ids):
-        repeat = n if token == IMAGE_ID else 1
-        long_ids += [token] * repeat
-        if labels is not None:
-            long_labels += [labels[i]] * repeat
-    return long_ids, None if labels is None else long_labels
+    """Repeats each image's token n times (n_query + 1) in ids, and its label in labels."""
+    counts = [n if token == IMAGE_TOKEN_ID else 1 for token in ids]
+    long_ids = [token for token, count in zip(ids, counts) for _ in range(count)]
+    if labels is None:
+        return long_ids, None
+    return long_ids, [label for label, count in zip(labels, counts) for _ in range(count)]
 
 
-def _check_style(style: str) -> None:
-    if style not in ("owl1", "owl2"):
-        raise ValueError(f'style is "owl1" or "owl2", not {style!r}')
+def check_variant(variant: str) -> None:
+    if variant not in ("owl1", "owl2"):
+        raise ValueError(f'variant is "owl1" or "owl2", not {variant!r}')

@@ -1,37 +1,36 @@
-"""Easy-VQA: 5,000 images of one coloured shape each, with 48,248 questions, as training files.
+"""Easy-VQA: 5,000 images of one colored shape each, with 48,248 questions, as training files.
 
-The data set comes inside a Python package, so nothing is downloaded here. It is small enough to train a tiny
-vision-language model on a laptop, through the same three steps that a large one takes:
+The data set is part of a Python package, so nothing is downloaded here. It is small enough to train a tiny
+vision-language model on a laptop, in the same stages as a large one:
 
     pip install easy-vqa
-    python data/easy_vqa/prepare.py                  # writes into data/easy_vqa, takes some seconds
+    python data/easy_vqa/prepare.py                  # writes into data/easy_vqa, takes a few seconds
     python -m data.easy_vqa.prepare --out elsewhere  # the same, into another folder
 
     file                             samples of                                            for
     -------------------------------  ----------------------------------------------------  ------------------------
-    text.json      text_val.json     a described image, questions about it; no image       a language model from scratch
+    text.json      text_val.json     a described image, questions about it; no image       language model from scratch
     captions.json  captions_val.json an image and its caption                              stage 1
     train.json     val.json          an image, all its questions in one conversation       stage 2
     test.json                        a test image and one question                         evaluation
     tokenizer.model                  the vocabulary of a tiny model                        all of them
 
-The `_val` files and val.json are all about the same 100 training images, and no other file has one of these.
+The `_val` files and val.json are about the same 100 training images, which no other file contains.
 
-Every file is LLaVA's conversation JSON, its image paths relative to the file's own folder:
+Every JSON file has LLaVA's conversation format, with image paths relative to the folder of the file:
 
     [{"id": "train-17",
       "image": "images/train/17.png",                                      (absent: text only)
       "conversations": [{"from": "human", "value": "<|image|>what color is the shape?"},
                         {"from": "gpt", "value": "blue"}, ...]}, ...]
 
-The package names neither the colour nor the shape of an image; captions need both. We find them by elimination:
+Captions need the color and the shape of an image, which the package does not state. They follow from the answers:
 
-    8 colours x 3 shapes = 24 scenes  ->  those that give this answer to each of the image's questions  ->  one left?
+    8 colors x 3 shapes = 24 scenes  ->  those that agree with all answers about the image  ->  the only one left
 
-An image that several scenes fit has no caption, but still its questions in train.json.
+An image with which several scenes agree has no caption, but its questions are in train.json.
 """
 
-import argparse
 import json
 import os
 import random
@@ -41,32 +40,34 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from command import ArgumentParser, run, user_errors  # noqa: E402  reports missing packages
+
+from tqdm import tqdm  # noqa: E402
+
 from data import CAPTION_REQUEST  # noqa: E402
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-# The package's 107 questions are these, a `thing` being "blue shape" (a colour) or "rectangle" (a shape).
+# The 107 questions of the package. {name} is "blue shape" (a color) or "rectangle" (a shape).
 IS_THERE = (
-    "does the image contain a {thing}?",
-    "is a {thing} present?",
-    "is there a {thing}?",
-    "is there a {thing} in the image?",
+    "does the image contain a {name}?",
+    "is a {name} present?",
+    "is there a {name}?",
+    "is there a {name} in the image?",
 )
 IS_THERE_NOT = (
-    "does the image not contain a {thing}?",
-    "is no {thing} present?",
-    "is there not a {thing}?",
-    "is there not a {thing} in the image?",
+    "does the image not contain a {name}?",
+    "is no {name} present?",
+    "is there not a {name}?",
+    "is there not a {name} in the image?",
 )
 WHAT_COLOR = ("what color is the {shape}?", "what is the color of the {shape}?")
 WHAT_SHAPE = ("what shape does the image contain?", "what shape is in the image?", "what shape is present?")
 WHICH_SHAPE = "what is the {color} shape?"
 
-# What both owls' prompts say around the turns.
+# The text around the turns in the prompts of Owl2 and Owl1.
 PROMPT_WORDS = [
     "USER: ASSISTANT:",
     "The following is a conversation between a curious human and AI assistant. "
@@ -80,7 +81,7 @@ CAPTION_SHARE = 0.2  # of the samples in text.json
 
 
 class Scene(NamedTuple):
-    """What one image shows."""
+    """The content of an image."""
 
     color: str
     shape: str
@@ -91,7 +92,7 @@ class Scene(NamedTuple):
 
     @property
     def description(self) -> str:
-        """Stands where the image would, in conversations of text only."""
+        """Replaces the image in conversations of text only."""
         return f"The image shows a {self.color} {self.shape}."
 
 
@@ -105,23 +106,23 @@ Turn = tuple[str, str]  # a question and its answer
 
 
 def answers_of(scene: Scene) -> dict[str, str]:
-    """Every question that can be asked about a scene, with its answer.
+    """Returns all questions about a scene with their answers.
 
-    A question that takes something wrong for granted ("what is the blue shape?" of a red one) is not among them.
+    Questions with a false presupposition ("what is the blue shape?" of a red one) are not among them.
     """
     answers = {}
-    for thing in [f"{color} shape" for color in COLORS] + list(SHAPES):
-        present = thing in (f"{scene.color} shape", scene.shape)
+    for name in [f"{color} shape" for color in COLORS] + list(SHAPES):
+        present = name in (f"{scene.color} shape", scene.shape)
         for form in IS_THERE:
-            answers[form.format(thing=thing)] = "yes" if present else "no"
+            answers[form.format(name=name)] = "yes" if present else "no"
         for form in IS_THERE_NOT:
-            answers[form.format(thing=thing)] = "no" if present else "yes"
+            answers[form.format(name=name)] = "no" if present else "yes"
     answers.update(what_questions(scene))
     return answers
 
 
 def what_questions(scene: Scene) -> dict[str, str]:
-    """The questions whose answer is a colour or a shape."""
+    """Returns the questions whose answer is a color or a shape, with their answers."""
     answers = {WHICH_SHAPE.format(color=scene.color): scene.shape}
     for form in WHAT_SHAPE:
         answers[form] = scene.shape
@@ -135,7 +136,7 @@ ANSWERS = {scene: answers_of(scene) for scene in SCENES}
 
 
 def scene_of(turns: list[Turn]) -> Scene | None:
-    """The one scene that agrees with all these answers; None where several do."""
+    """Returns the scene that agrees with all these answers, None if several do. Raises ValueError if none does."""
     fitting = [scene for scene in SCENES if all(ANSWERS[scene].get(question) == answer for question, answer in turns)]
     if not fitting:
         raise ValueError(f"no scene agrees with these answers: {turns}")
@@ -143,15 +144,15 @@ def scene_of(turns: list[Turn]) -> Scene | None:
 
 
 def invent_turns(scene: Scene, rng: random.Random) -> list[Turn]:
-    """8 to 10 questions about a scene.
+    """Returns 8 to 10 questions about a scene with their answers.
 
-    Drawn evenly from `ANSWERS` nearly all would be about what is absent, and "not" alone would mean "yes". So half of
-    the things asked for are there, and every fourth question is a "what".
+    Sampled uniformly from `ANSWERS`, nearly all would be about absent colors and shapes, and "not" would imply "yes".
+    So half of those asked for are present, and every fourth question begins with "what".
     """
     other_color = rng.choice([color for color in COLORS if color != scene.color])
     other_shape = rng.choice([shape for shape in SHAPES if shape != scene.shape])
-    things = (f"{scene.color} shape", f"{other_color} shape", scene.shape, other_shape)
-    about_presence = [form.format(thing=thing) for form in IS_THERE + IS_THERE_NOT for thing in things]
+    names = (f"{scene.color} shape", f"{other_color} shape", scene.shape, other_shape)
+    about_presence = [form.format(name=name) for form in IS_THERE + IS_THERE_NOT for name in names]
     n_turns = rng.randint(8, 10)
     n_what = n_turns // 4
     questions = rng.sample(sorted(what_questions(scene)), n_what) + rng.sample(about_presence, n_turns - n_what)
@@ -164,7 +165,7 @@ def invent_turns(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def make_sample(name: str, turns: list[Turn], before: str, image: str | None = None) -> dict:
-    """One conversation. `before` opens its first question: the image's placeholder or the scene's description."""
+    """Returns one conversation. `before` begins its first question: the image placeholder or the description."""
     sample = {"id": name}
     if image is not None:
         sample["image"] = image
@@ -189,12 +190,12 @@ def question_samples(image_ids: list[int], turns: dict[int, list[Turn]]) -> list
 
 
 def described_samples(image_ids: list[int], turns: dict[int, list[Turn]], scenes: dict[int, Scene]) -> list[dict]:
-    """An image's questions, with words in the place of the image."""
+    """Returns the questions about each image, with a description instead of the image."""
     return [make_sample(f"text-{i}", turns[i], scenes[i].description + " ") for i in image_ids if i in scenes]
 
 
 def invented_samples(n_questions: int, n_captions: int, rng: random.Random) -> list[dict]:
-    """Text only, all 24 scenes equally often: conversations, then captions."""
+    """Returns samples of text only, about all 24 scenes equally often: conversations, then captions."""
     samples = []
     for k in range(n_questions):
         scene = SCENES[k % len(SCENES)]
@@ -224,7 +225,8 @@ def copy_images(paths: dict[int, str], folder: Path) -> None:
 
 
 def write_samples(path: Path, samples: list[dict]) -> None:
-    """Written beside and then renamed: a file of this name is always complete."""
+    """Writes a JSON file. It is renamed at the end, so that a file of this name is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
@@ -234,9 +236,9 @@ def write_samples(path: Path, samples: list[dict]) -> None:
 
 
 def train_tokenizer(path: Path, samples: list[dict]) -> None:
-    """A small vocabulary for a small model: LLaMA's kind (SentencePiece BPE with byte fallback), of 640 tokens.
+    """Trains a tokenizer like LLaMA's (SentencePiece BPE with byte fallback) with 640 tokens, for tiny models.
 
-    It is made from the samples' words and the words around them in the prompts; bytes write everything else.
+    It is trained on the text of the samples and the prompts; all other text is encoded as bytes.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -259,7 +261,7 @@ def train_tokenizer(path: Path, samples: list[dict]) -> None:
 
 
 def prepare(out: Path, seed: int) -> None:
-    import easy_vqa  # an extra: only this script needs it
+    import easy_vqa  # an extra (requirements-dev.txt)
 
     rng = random.Random(seed)
     train_turns = turns_by_image(*easy_vqa.get_train_questions())
@@ -275,7 +277,7 @@ def prepare(out: Path, seed: int) -> None:
     held_out = sorted(rng.sample(sorted(scenes), N_HELD_OUT))
     kept = sorted(set(train_turns) - set(held_out))
     n_unknown = len(train_turns) - len(scenes)
-    print(f"{n_unknown} of {len(train_turns):,} training images: colour and shape do not follow from the answers")
+    print(f"{n_unknown} of {len(train_turns):,} training images: color and shape do not follow from the answers")
 
     text = described_samples(kept, train_turns, scenes)
     n_captions = round(CAPTION_SHARE * N_TEXT)
@@ -290,7 +292,7 @@ def prepare(out: Path, seed: int) -> None:
         for k, turn in enumerate(turns)
     ]
 
-    # The images first: where there is a JSON file, its images are there.
+    # Images are written before JSON files: if a JSON file exists, so do its images.
     copy_images(easy_vqa.get_train_image_paths(), out / "images" / "train")
     copy_images(easy_vqa.get_test_image_paths(), out / "images" / "test")
     train_tokenizer(out / "tokenizer.model", text + train)
@@ -303,21 +305,14 @@ def prepare(out: Path, seed: int) -> None:
     write_samples(out / "test.json", test)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/easy_vqa"), help="folder to fill (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     args = parser.parse_args()
-    try:
+    with user_errors():
         prepare(args.out, args.seed)
-    except ImportError:
-        print("The package easy_vqa is not installed: pip install easy-vqa", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"Cannot write into {args.out}: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
