@@ -1,0 +1,1 @@
+"""Benchmarks: questions, answers, scores and the pages that show them."""

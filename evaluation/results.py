@@ -1,0 +1,185 @@
+"""The folder of a benchmark run, which can be killed at any time and continued by the same command.
+
+    run.json              "settings": everything an answer depends on (weights, questions, flags); must stay the same
+                          "starts": date, versions, devices and image sizes of each start; may differ
+    run.lock              locked by the process that works in the folder
+    answers-RANK.jsonl    appended as answers arrive: {"id", "prompt", "answer"} as asked; "before": ids of the earlier
+                          turns in the prompt
+    answers.jsonl         at the end, in order: {"id", "prompt", "answer", "truth", "group", "score"} per question
+    results.json          at the end: the numbers, and the content of run.json
+
+A run continues with every complete line of all ranks. The main process cuts off incomplete lines before any process
+writes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TextIO
+
+import numpy
+import PIL
+import sentencepiece
+import torch
+
+from evaluation.benchmarks import get, in_row, read_field
+from evaluation.question import Question, Results
+from inference.quantize import read_quantization
+from training.distributed import Dist, all_gather_object
+from weights import weight_files, writing
+
+SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer_config.json")  # hashed; of weights only the size is kept
+
+
+def describe_settings(args: Namespace, questions: list[Question], dist: Dist) -> dict[str, str | int | None]:
+    """Returns everything that an answer depends on.
+
+    Images are identified by name only, so that a run can continue after a broken one is repaired.
+    """
+    digest = hashlib.sha256()
+    for question in questions:
+        asked = [question.id, question.prompt, question.space, question.before, question.choices]
+        digest.update(json.dumps(asked).encode())
+        for source in question.images:
+            digest.update(source if isinstance(source, bytes) else json.dumps(source).encode())
+    weights = Path(args.weights)
+    small = [weights / name for name in SMALL_FILES if (weights / name).is_file()]
+    return {
+        "task": args.task,
+        "folder": str(Path(args.folder).resolve()),
+        "questions": len(questions),
+        "questions' sha256": digest.hexdigest(),
+        "weights": str(weights.resolve()),
+        **{f"sha256 of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
+        **{f"bytes of {path.name}": path.stat().st_size for path in weight_files(weights)},
+        "quantize": args.quantize or read_quantization(weights),
+        "dtype": str(dist.dtype),
+        "images": args.images,
+        "seed": args.seed if args.images == "shuffled" else None,
+        "fit": args.fit,
+        "min_new_tokens": args.min_new_tokens,
+        "max_new_tokens": args.max_new_tokens,
+    }
+
+
+def describe_start(args: Namespace, questions: list[Question], dist: Dist) -> dict:
+    """Returns what is recorded of each start and may differ between the starts of a run."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "pillow": PIL.__version__}
+    versions |= {"numpy": numpy.__version__, "sentencepiece": sentencepiece.__version__}
+    paths = {source for question in questions for source in question.images if isinstance(source, str)}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions | {"python": platform.python_version(), "owlet": commit},
+        "device": torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type,
+        "processes": dist.world_size,
+        "batch": args.batch,
+        "image_files": len(paths),
+        "image_bytes": sum((Path(args.folder) / path).stat().st_size for path in paths),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file atomically. Characters that UTF-8 cannot encode, as in a strange file name, become "?"."""
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def open_run(
+    args: Namespace, questions: list[Question], dist: Dist
+) -> Iterator[tuple[dict, dict[str, str], TextIO]]:
+    """Starts or continues the run in the folder --out.
+
+    Yields the content of run.json, the answers so far by question id, and the file to which this process appends.
+    Raises ValueError on all processes for a run with other settings, a locked run, or files that are no run.
+    """
+    out, outcome = Path(args.out), None
+    with ExitStack() as stack:
+        if dist.is_main:
+            try:
+                record = {"settings": describe_settings(args, questions, dist)}
+                record["starts"] = [describe_start(args, questions, dist)]
+                stack.enter_context(lock_run(out))
+                outcome = resume_run(out, record, {question.id for question in questions})
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcome = all_gather_object(dist, outcome)[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        yield *outcome, stack.enter_context((out / f"answers-{dist.rank}.jsonl").open("a", encoding="utf-8"))
+
+
+def lock_run(out: Path) -> TextIO:
+    """Creates a run's folder if necessary and locks it until the returned file is closed."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").is_file() and any(not path.name.startswith("run.") for path in out.iterdir()):
+        raise ValueError(f"--out {out} holds files, but no run.json: choose another --out")
+    file = (out / "run.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{out} is locked by another run: wait for it, or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def resume_run(out: Path, record: dict, ids: set[str]) -> tuple[dict, dict[str, str]]:
+    """Writes run.json. Returns its content, with the earlier starts, and the answers so far by question id."""
+    files = sorted(out.glob("answers-*.jsonl"))
+    if (out / "run.json").is_file():
+        before, now = read_field(out / "run.json", "settings", dict), record["settings"]
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        if changed and any(path.stat().st_size for path in files):
+            listed = ", ".join(f"{name}: {before.get(name)!r:.70}, now {now.get(name)!r:.70}" for name in changed[:4])
+            raise ValueError(f"{out} holds a run with other settings ({listed}): choose another --out")
+        record["starts"] = read_field(out / "run.json", "starts") + record["starts"]
+
+    answers, ends = {}, {}
+    for path in files:
+        content = path.read_bytes()
+        ends[path] = content.rfind(b"\n") + 1
+        for i, line in enumerate(content.split(b"\n")[:-1]):
+            with in_row(path, i):
+                row = json.loads(line)
+                if get(row, "id") not in ids:
+                    raise ValueError("not an answer of this run: delete it to continue")
+                answers[row["id"]] = get(row, "answer")
+    for path, end in ends.items():
+        os.truncate(path, end)
+    write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+    return record, answers
+
+
+def append_answer(file: TextIO, turns: list[Question], answer: str) -> None:
+    """Saves the answer to the last of some turns. After a kill at most the last line is incomplete."""
+    row = {"id": turns[-1].id, "prompt": turns[-1].prompt, "answer": answer}
+    if len(turns) > 1:
+        row["before"] = [turn.id for turn in turns[:-1]]
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def write_results(out: Path, results: Results, numbers: dict[str, float], record: dict) -> None:
+    """Writes answers.jsonl and results.json of a finished run."""
+    lines = []
+    for question, answer, score in results:
+        row = {"id": question.id, "prompt": question.prompt, "answer": answer, "truth": question.truth}
+        lines.append(json.dumps(row | {"group": question.group, "score": score}) + "\n")
+    write_text(out / "answers.jsonl", "".join(lines))
+    content = {"task": record["settings"]["task"], "answers": len(results), "numbers": numbers} | record
+    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
