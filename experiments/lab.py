@@ -1,27 +1,26 @@
-"""What the experiments share: what is given, one baseline, and runs that are made once.
+"""What the experiments share: the models they start from, a baseline, and runs that are each made once.
 
-The papers begin with a LLaMA and a CLIP. So do these runs, with a language model and a vision tower of their own, made
-once from the drawn world of data/shapes:
+The papers start from LLaMA and CLIP. These runs start from a language model and a vision encoder of their own, trained
+once on the drawn scenes of data/shapes:
 
-    world      data/shapes/prepare.py
-      | train_stage0.py                  language   a language model that knows the world's text part; no images
-      | train_stage1.py, 2,000 steps     vision     a vision tower; all else that this run learns is left behind
+    world        data.shapes.prepare: images, captions, questions, and a text part (facts that no image shows)
+      | tools.train_language             language   a language model of the text part; it has seen no images
+      | train_stage1, 2,000 steps        vision     a vision encoder; the rest of this model is not used
       v
-    start      both, and an abstractor of random weights: the seed's
-      | train_stage1.py                  seed1/queries8          captions
-      | train_stage2.py                  seed1/queries8-both     questions about images, of the text part, or both
+    start        both, and an abstractor with random weights
+      | train_stage1                     seed1/queries8          captions
+      | train_stage2                     seed1/queries8-both     questions about images, about the text part, or both
       v
-    evaluate.py                          seed1/queries8-both-test.jsonl: test, text_test or conflict
+    evaluate                             seed1/queries8-both-test.jsonl: test, text_test or conflict
 
-A seed (1, 2, 3) decides the abstractor's first weights, the same for all variants that have them, and the order of the
-samples in both stages. World, language model and tower are the same for all, and so are the test's questions: what the
-tables call deviation covers none of these. Rates and numbers of steps were found by trial on the baseline, looking at
-the test files, and for no other variant. Runs are short: after 200 steps of stage 1 and 300 of stage 2 all still learn,
-so the tables compare how fast as much as how well.
+A seed (1, 2, 3) decides the initial abstractor, equal for all setups of the same shape, and the order of the samples
+in both stages. All seeds share the world, the language model, the vision encoder and the test questions, so the
+standard deviations in the tables do not cover these. Learning rates and numbers of steps were tuned on the baseline's
+test results, not for any other setup. Runs are short: after 200 steps of stage 1 and 300 of stage 2 all models still
+improve, so the tables compare speed of learning as much as its result.
 
-A run's name says what it is, so experiments that want the same run share it. Each command is run once: beside what it
-makes lie NAME.log, what it printed, and NAME.run.json: the command, versions, device. What was stopped or killed goes
-on from its last checkpoint.
+The name of a run describes its setup, so experiments share runs. Each command runs once: NAME.log has its output and
+NAME.run.json its arguments, versions and device. A stopped or killed training continues from its last checkpoint.
 """
 
 import argparse
@@ -31,12 +30,12 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,37 +44,31 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from cost import train_flops  # noqa: E402
-from evaluate import normal  # noqa: E402
-from launch import fail  # noqa: E402
-from model import PRESETS, Owl, init_weights  # noqa: E402
-from patches import Patches  # noqa: E402
-from train_stage2 import choose_trained  # noqa: E402
-from weights import load_model, read_json, save_model, write_json  # noqa: E402
+from command import ArgumentParser, log, user_errors
+from evaluation.scoring import is_exact_match
+from experiments.patches import Patches
+from model import Owl
+from training.options import positive_float, positive_int
+from training.presets import PRESETS, init_weights
+from weights import load_model, read_json, save_model, write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 VOCAB_SIZE = 640  # of data/shapes' tokenizer
-KINDS = {  # of data/shapes' questions
-    "test": ("color", "shape", "count", "relation", "size", "compare", "there", "word"),
-    "text_test": ("fact", "named", "sum", "told"),
-}
-COLOURS = ("#1f5fa8", "#d1602b", "#b8912a", "#2f8f5b")
 
 # Found by trial: enough that a run learns, few enough that it takes minutes on one core.
-COMMON = ["--batch", "32", "--micro", "32", "--crop-scale", "0", "--save-every", "100"]
+COMMON = ["--batch", "32", "--micro-batch", "32", "--crop-scale", "0", "--save-every", "100"]
 STAGE1 = ["--lr", "1.5e-3", "--min-lr", "1e-4"]
 STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
 N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 200, 300
 LORA_RANK = 8
-LORA = ["--lora-rank", str(LORA_RANK), "--train-abstractor", "--lr", "2e-3"]  # (the last of two rates counts)
+LORA = ["--lora-rank", str(LORA_RANK), "--train-abstractor", "--lr", "2e-3"]  # overrides the rate of STAGE2
 VIT = {
     "trained": ["--vit-lr-decay", "1"],
-    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers learns at 0.06; at 0.9, of 24, at 0.08
+    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers has 0.06 of the rate; at 0.9, of 24 layers, 0.08
     "frozen": ["--vit-lr-decay", "1", "--freeze-vit"],
 }
-DATA = {  # of stage 2; "none": there is none, and stage 1's model is tested
+DATA = {  # of stage 2; "none": no stage 2, the model of stage 1 is tested
     "none": [],
     "text": ["text.json:1"],
     "image": ["train.json:1"],
@@ -84,22 +77,22 @@ DATA = {  # of stage 2; "none": there is none, and stage 1's model is tested
 
 
 @dataclass(frozen=True)
-class Variant:
-    """An owl and its training; the defaults are the baseline."""
+class Setup:
+    """A model and its training; the defaults are the baseline."""
 
-    style: str = "owl2"
+    variant: str = "owl2"
     n_query: int = 8
-    patches: bool = False  # instead of the abstractor's queries: as many patches, through one Linear (patches.py)
+    patches: bool = False  # one visual token per patch, by one Linear, instead of an abstractor (patches.py)
     image_size: int = 64  # pixels
-    adaptive: bool = True  # an Owl2's modality-adaptive module
+    adaptive: bool = True  # Owl2's modality-adaptive module
     vit: str = "trained"  # a key of VIT
     data: str = "both"  # of stage 2: a key of DATA
-    lora: bool = False  # in stage 2 adapters and the abstractor are trained, instead of everything
+    lora: bool = False  # stage 2 trains adapters and the abstractor instead of everything
 
     @property
     def stage1(self) -> str:
-        """What its stage 1 is called: all that tells it from others."""
-        name = "owl1-" if self.style == "owl1" else ""
+        """Name of the stage 1 run, which has all fields that stage 1 depends on."""
+        name = "owl1-" if self.variant == "owl1" else ""
         name += f"{'patches' if self.patches else 'queries'}{self.n_query}"
         name += f"-{self.image_size}px" if self.image_size != 64 else ""
         name += "-plain" if not self.adaptive else ""
@@ -113,339 +106,226 @@ class Variant:
 
     @property
     def language(self) -> str:
-        return "language" if self.style == "owl2" else "language-owl1"
-
-    def runs(self, script: str) -> list[str]:
-        """The command that runs a script with this owl."""
-        return ["experiments/patches.py", script] if self.patches else [script]
+        return "language" if self.variant == "owl2" else "language-owl1"
 
     @property
     def flags(self) -> list[str]:
-        """Of both stages."""
+        """Flags of both stages."""
         return ["--image-size", str(self.image_size), *VIT[self.vit]]
 
+    def command(self, module: str) -> list[str]:
+        return ["experiments.patches", module] if self.patches else [module]
 
-BASELINE = Variant()
 
-
-# --- commands, each run once --------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------
 
 
 class Lab:
-    """A folder of runs, and how they are made in it."""
+    """A folder of runs, and the commands that make them."""
 
     def __init__(self, args: argparse.Namespace):
         self.out, self.jobs, self.seeds = args.out, args.jobs, range(1, args.seeds + 1)
         self.n_image, self.scale = args.images, args.scale
-        self.lock: TextIO | None = None  # of the folder
-        self.locks: dict[str, threading.Lock] = {}  # by name of what is made: two runs may want it at once
+        self.folder_lock: TextIO | None = None
+        self.locks: dict[str, threading.Lock] = {}  # by run: two setups may need the same run
         self.children: set[subprocess.Popen] = set()
         self.stopped = threading.Event()
 
-    def steps(self, n: int) -> list[str]:
-        return ["--steps", str(max(1, round(n * self.scale)))]
+    def run_once(self, name: str, module: str, *flags: str) -> None:
+        """Runs `python -m module flags` in the lab's folder, unless it has been done.
 
-    def once(self, name: str, script: str, *flags: str) -> None:
-        """Runs a script of this repository in the lab's folder, unless that was done. ValueError if it fails, or if
-        what is there was made otherwise."""
+        Raises ValueError if it fails, or if a run of this name had another command.
+        """
         with self.locks.setdefault(name, threading.Lock()):
-            note, command = self.out / f"{name}.run.json", [script, *flags]
-            if note.exists():
-                before = read_json(note)
-                if before.get("command") != command:
-                    raise ValueError(f"{self.out / name} was made with other settings: choose another --out")
-                if before.get("done"):
-                    return
-            note.parent.mkdir(parents=True, exist_ok=True)
-            content = {"command": command, "torch": torch.__version__, "device": DEVICE, "owlet": commit()}
-            write_json(note, content | {"done": False})
-            if self.call(command, self.out / f"{name}.log") != 0:
-                raise ValueError(f"{script} failed for {self.out / name}: {self.out / name}.log says why")
-            write_json(note, content | {"done": True})
+            path, command = self.out / f"{name}.run.json", [module, *flags]
+            record = read_json(path) if path.exists() else {"command": command}
+            if record.get("command") != command:
+                raise ValueError(f"{self.out / name} was made by another command ({path}): choose another --out")
+            if record.get("done"):
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = {"command": command, "torch": torch.__version__, "device": DEVICE, "owlet": git_commit()}
+            write_json(path, record | {"done": False})
+            if self.run_command(command, self.out / f"{name}.log") != 0:
+                raise ValueError(f"{module} failed for {self.out / name}: see {self.out / name}.log")
+            write_json(path, record | {"done": True})
 
-    def call(self, command: list[str], log: Path) -> int:
-        """Runs a script, and waits for its exit code."""
-        script, *flags = command
-        env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
-        with open(log, "ab") as file:
-            argv = [sys.executable, str(ROOT / script), *flags]
-            # With the folder's lock, which it holds on if this process is killed and it is not.
-            fds = [self.lock.fileno()] if self.lock else []
+    def run_command(self, command: list[str], log_file: Path) -> int:
+        """Runs a module with flags in a process and returns its exit code."""
+        n_thread = max(1, (os.cpu_count() or 1) // self.jobs)
+        env = os.environ | {"OMP_NUM_THREADS": str(n_thread), "PYTHONPATH": str(ROOT)}
+        # The child holds the folder's lock too, in case it outlives this process.
+        fds = [self.folder_lock.fileno()] if self.folder_lock else []
+        with open(log_file, "ab") as file:
+            argv = [sys.executable, "-m", *command]
             child = subprocess.Popen(argv, cwd=self.out, env=env, stdout=file, stderr=file, pass_fds=fds)
         self.children.add(child)
-        if self.stopped.is_set():  # after `all` has gone over the children
+        if self.stopped.is_set():  # run_parallel may have terminated the other children before this one was added
             child.terminate()
         code = child.wait()
         self.children.discard(child)
         return code
 
-    def all(self, works: list[Callable[[], None]]) -> None:
-        """Does the works, `jobs` at a time. On the first that fails, or when stopped, stops the others."""
+    def run_parallel(self, functions: list[Callable[[], None]]) -> None:
+        """Calls functions, `jobs` at a time. If one fails, or on a signal, terminates all running commands."""
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                futures = [pool.submit(work) for work in works]
-                for future in tqdm(as_completed(futures), total=len(works), unit="run", disable=None):
+                futures = [pool.submit(function) for function in functions]
+                for future in tqdm(as_completed(futures), total=len(functions), unit="run", disable=None):
                     future.result()
             except BaseException:
                 self.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in list(self.children):
-                    child.terminate()  # training makes a checkpoint, and leaves
+                    child.terminate()  # training saves a checkpoint and exits
                 raise
 
-    # --- the runs ------------------------------------------------------------------------------------
+    def run_setups(self, setups: Iterable[Setup], tests: tuple[str, ...] = ("test", "text_test")) -> None:
+        """Makes all runs of all seeds. Raises ValueError or OSError if one fails or if the folder is in use."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "lock", "w") as self.folder_lock:
+            try:
+                fcntl.flock(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another experiment is running in {self.out}: wait until it ends") from None
+            setups = list(setups)
+            self.run_parallel([partial(self.run_chain, setup, seed, tests) for seed in self.seeds for setup in setups])
 
-    def train(self, stage: int, variant: Variant, name: str, *flags: str) -> None:
-        self.once(name, *variant.runs(f"train_stage{stage}.py"), *COMMON, *flags, "--out", name, "--resume")
+    def run_chain(self, setup: Setup, seed: int, tests: tuple[str, ...]) -> None:
+        """Makes a setup's run and all that it starts from, then tests it."""
+        self.run_once("world", "data.shapes.prepare", "--out", "world", "--images", str(self.n_image))
+        self.train_language("owl2")
+        self.train_vision()
+        self.train_language(setup.variant)
+        self.train_stage1(setup, seed)
+        self.train_stage2(setup, seed)
+        name = f"seed{seed}/{setup.stage2}"
+        for test in tests:
+            flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
+            self.run_once(f"{name}-{test}", *setup.command("evaluate"), *flags)
+
+    def train(self, command: list[str], name: str, n_step: int, *flags: str) -> None:
+        steps = ["--steps", str(max(1, round(n_step * self.scale)))]
+        self.run_once(name, *command, *COMMON, *flags, *steps, "--out", name, "--resume")
         shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
 
-    def world(self) -> None:
-        self.once("world", "data/shapes/prepare.py", "--out", "world", "--images", str(self.n_image))
-
-    def language(self, style: str) -> None:
-        """Text in either owl's prompts."""
-        variant = Variant(style)
-        start = ["--preset", f"tiny-{style}", "--tokenizer", "world/tokenizer.model", *variant.flags]
+    def train_language(self, variant: str) -> None:
+        """Trains a language model on text in the prompt format of a variant."""
+        setup = Setup(variant)
+        start = ["--preset", f"tiny-{variant}", "--tokenizer", "world/tokenizer.model", *setup.flags]
         data = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
-        self.train(0, variant, variant.language, *start, *data, *self.steps(N_STEP_LANGUAGE))
+        self.train(["tools.train_language"], setup.language, N_STEP_LANGUAGE, *start, *data)
 
-    def vision(self) -> None:
+    def train_vision(self) -> None:
         data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        flags = [*BASELINE.flags, *data, *STAGE1, "--warmup", "100", *self.steps(N_STEP_VISION)]
-        self.train(1, BASELINE, "vision", "--weights", "language", *flags)
+        flags = ["--weights", "language", *Setup().flags, *data, *STAGE1, "--warmup", "100"]
+        self.train(["train_stage1"], "vision", N_STEP_VISION, *flags)
 
-    def stage1(self, variant: Variant, seed: int) -> None:
-        name = f"seed{seed}/{variant.stage1}"
+    def train_stage1(self, setup: Setup, seed: int) -> None:
+        name = f"seed{seed}/{setup.stage1}"
         start = self.out / f"{name}-start"
-        with self.locks.setdefault("start", threading.Lock()):  # of all: chance is drawn from one generator
-            if not (start / "model.safetensors.index.json").exists():  # which save_model writes last
-                save_model(start_model(self.out / variant.language, self.out / "vision", variant, seed), start)
+        with self.locks.setdefault("start", threading.Lock()):  # one lock for all: torch's generator is shared
+            if not (start / "model.safetensors.index.json").exists():  # save_model writes it last
+                save_model(initial_model(self.out / setup.language, self.out / "vision", setup, seed), start)
         data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
-        flags = [*variant.flags, *STAGE1, "--warmup", "50", *self.steps(N_STEP_1), "--seed", str(seed)]
-        self.train(1, variant, name, *data, *flags)
+        flags = [*setup.flags, *STAGE1, "--warmup", "50", "--seed", str(seed)]
+        self.train(setup.command("train_stage1"), name, N_STEP_1, *data, *flags)
 
-    def stage2(self, variant: Variant, seed: int) -> None:
-        if variant.data == "none":
+    def train_stage2(self, setup: Setup, seed: int) -> None:
+        if setup.data == "none":
             return
-        mix = [f"world/{source}" for source in DATA[variant.data]]
-        data = ["--weights", f"seed{seed}/{variant.stage1}", "--mix", *mix]
-        flags = [*variant.flags, *STAGE2, *(LORA if variant.lora else ["--lora-rank", "0"])]
-        flags += [*self.steps(N_STEP_2), "--seed", str(seed)]
-        self.train(2, variant, f"seed{seed}/{variant.stage2}", *data, *flags)
+        mix = [f"world/{source}" for source in DATA[setup.data]]
+        data = ["--weights", f"seed{seed}/{setup.stage1}", "--mix", *mix]
+        flags = [*setup.flags, *STAGE2, *(LORA if setup.lora else ["--lora-rank", "0"]), "--seed", str(seed)]
+        self.train(setup.command("train_stage2"), f"seed{seed}/{setup.stage2}", N_STEP_2, *data, *flags)
 
-    def test(self, variant: Variant, seed: int, test: str) -> None:
-        name = f"seed{seed}/{variant.stage2}"
-        flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
-        self.once(f"{name}-{test}", *variant.runs("evaluate.py"), *flags)
-
-    def chain(self, variant: Variant, seed: int, tests: tuple[str, ...]) -> None:
-        """A run from its beginnings to its tests, less what is there already."""
-        self.world()
-        self.language("owl2")
-        self.vision()
-        self.language(variant.style)
-        self.stage1(variant, seed)
-        self.stage2(variant, seed)
-        for test in tests:
-            self.test(variant, seed, test)
-
-    def run(self, variants: list[Variant], tests: tuple[str, ...] = ("test", "text_test")) -> None:
-        """All runs of all seeds. Raises ValueError, OSError."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "lock", "w") as self.lock:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another experiment is at work in {self.out}: wait for it") from None
-            self.all([partial(self.chain, variant, seed, tests) for seed in self.seeds for variant in variants])
-
-    def rows(self, variant: Variant, seed: int, test: str) -> list[dict]:
-        """The answers of a test, and what evaluate.py wrote beside each."""
-        path = self.out / f"seed{seed}/{variant.stage2}-{test}.jsonl"
+    def answers(self, setup: Setup, seed: int, test: str) -> list[dict]:
+        """The answers of a test with the notes of their questions, as evaluate.py wrote them."""
+        path = self.out / f"seed{seed}/{setup.stage2}-{test}.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    def shares(self, variant: Variant, test: str, key: str, counts: Callable[[dict], bool]) -> list[float]:
-        """For each seed: of how many percent of a test's rows the answer is row[key]. counts: which rows."""
-        rows = (filter(counts, self.rows(variant, seed, test)) for seed in self.seeds)
-        return [percent(said(row, key) for row in of_seed) for of_seed in rows]
+    def accuracy(
+        self, setup: Setup, test: str, select: Callable[[dict], bool] = lambda row: True, key: str = "truth"
+    ) -> list[float]:
+        """For each seed, the percentage of the selected answers that equal row[key]."""
+        rows = (filter(select, self.answers(setup, seed, test)) for seed in self.seeds)
+        return [percentage(is_exact_match(row["answer"], row[key]) for row in of_seed) for of_seed in rows]
 
 
-def said(row: dict, key: str) -> bool:
-    """Whether the answer is what the row has under that key."""
-    return normal(row["answer"]) == normal(row[key])
+def percentage(values: Iterable[bool]) -> float:
+    """Percentage of true values; nan if there are none."""
+    values = list(values)
+    return 100 * sum(values) / len(values) if values else math.nan
 
 
-def percent(counts: Iterable[bool]) -> float:
-    """How many of them, nan of none."""
-    counts = list(counts)
-    return 100 * sum(counts) / len(counts) if counts else math.nan
-
-
-def commit() -> str | None:
-    """Of this repository, if it is one."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def git_commit() -> str | None:
+    """The commit of this repository; None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def make_owl(variant: Variant) -> Owl:
-    """An owl of that shape, without weights."""
-    config = PRESETS[f"tiny-{variant.style}"]()
+# --- models -------------------------------------------------------------------------------------------
+
+
+def create_model(setup: Setup) -> Owl:
+    """A model of that shape, without initialized weights."""
+    config = PRESETS[f"tiny-{setup.variant}"]()
     config.llama.vocab_size = VOCAB_SIZE
-    config.llama.adaptive &= variant.adaptive
-    config.abstractor.n_query = variant.n_query
-    config.resize(variant.image_size)
-    owl = Owl(config)
-    if variant.patches:
-        owl.abstractor = Patches(config.abstractor)
-    return owl
+    config.llama.adaptive &= setup.adaptive
+    config.abstractor.n_query = setup.n_query
+    config.resize(setup.image_size)
+    model = Owl(config)
+    if setup.patches:
+        model.abstractor = Patches(config.abstractor)
+    return model
 
 
-def start_model(language: Path, vision: Path, variant: Variant, seed: int) -> Owl:
-    """The given language model and vision tower, with an abstractor of the seed's random weights; for 64 pixels.
+def initial_model(language: Path, vision: Path, setup: Setup, seed: int) -> Owl:
+    """The trained language model and vision encoder with a random abstractor, for 64 pixels.
 
-    The image half of the modality-adaptive module is a copy of the text half, as stage 0 leaves it.
+    The visual half of the modality-adaptive module is a copy of the text half, as tools.train_language leaves it.
     """
-    owl = make_owl(replace(variant, image_size=64))
+    model = create_model(replace(setup, image_size=64))
     torch.manual_seed(seed)
-    init_weights(owl.abstractor)
-    words, sight = load_model(language), load_model(vision)
-    owl.vit.load_state_dict(sight.vit.state_dict())
-    state = words.llama.state_dict()
-    if not owl.config.llama.adaptive:
+    init_weights(model.abstractor)
+    text_model = load_model(language)
+    state = text_model.llama.state_dict()
+    if not model.config.llama.adaptive:
         state = {key.replace(".multiway.0.", "."): value for key, value in state.items() if ".multiway.1." not in key}
-    owl.llama.load_state_dict(state)
-    owl.tokenizer_folder = words.tokenizer_folder
-    return owl
-
-
-# --- numbers ------------------------------------------------------------------------------------------
-
-
-def spread(numbers: list[float]) -> str:
-    """"61.2 ± 0.8": mean and standard deviation (of the seeds as a sample)."""
-    mean = f"{statistics.mean(numbers):.1f}"
-    return f"{mean} ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else mean
-
-
-def table(head: str, rows: dict[str, dict[str, list[float]]]) -> str:
-    """A table in Markdown: a row for each variant, a column for each measure, mean and deviation over the seeds."""
-    columns = list(next(iter(rows.values())))
-    lines = [f"| {head} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(spread(row[column]) for column in columns)} |" for name, row in rows.items()]
-    return "\n".join(lines)
-
-
-def draw(path: Path, title: str, rows: dict[str, dict[str, list[float]]], unit: str) -> None:
-    """The table as a picture: a group for each row, in it a bar for each measure, on it a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = list(next(iter(rows.values())))
-    figure, axes = pyplot.subplots(figsize=(1.6 + 1.2 * len(rows), 3.6), layout="constrained")
-    width = 0.8 / len(columns)
-    for i, column in enumerate(columns):
-        x = [k + (i - (len(columns) - 1) / 2) * width for k in range(len(rows))]
-        values = [row[column] for row in rows.values()]
-        axes.bar(x, [statistics.mean(v) for v in values], width * 0.92, color=COLOURS[i], label=column, alpha=0.55)
-        for at, numbers in zip(x, values):
-            axes.plot([at] * len(numbers), numbers, "o", color=COLOURS[i], markersize=3.5)
-    axes.set_xticks(range(len(rows)), list(rows))
-    axes.set_ylabel(unit)
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
-
-
-def scores(lab: Lab, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """Accuracy in percent, for each seed: on things of seen and of unseen pairs, on words to read, on the text part.
-
-    Words stand apart, since reading is learned all at once, and chance says when: at the end of so short a run it is at
-    any number from 0 to 100, and all else would drown in that.
-    """
-    return {
-        name: {
-            "things, seen": lab.shares(variant, "test", "truth", lambda row: row["kind"] != "word" and row["seen"]),
-            "unseen": lab.shares(variant, "test", "truth", lambda row: row["kind"] != "word" and not row["seen"]),
-            "words": lab.shares(variant, "test", "truth", lambda row: row["kind"] == "word"),
-            "text": lab.shares(variant, "text_test", "truth", lambda row: True),
-        }
-        for name, variant in variants.items()
-    }
-
-
-def by_kind(lab: Lab, variants: dict[str, Variant], test: str) -> dict[str, dict[str, list[float]]]:
-    """The same of each kind of question of a test."""
-    return {
-        name: {kind: lab.shares(variant, test, "truth", lambda row: row["kind"] == kind) for kind in KINDS[test]}
-        for name, variant in variants.items()
-    }
-
-
-def costs(variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """What each takes: its image words, and the MFLOPs of stage 2 on one image and 100 words (20 of them answers)."""
-    rows = {}
-    for name, variant in variants.items():
-        with torch.device("meta"):
-            owl = make_owl(variant)
-        choose_trained(owl, LORA_RANK if variant.lora else 0, 32.0, 0.05, True, freeze_vit=variant.vit == "frozen")
-        flops = train_flops(owl, 1, [owl.config.image_words + 100], 20) if variant.data != "none" else 0.0
-        rows[name] = {"words of an image": [owl.config.image_words], "MFLOP a sample": [flops / 1e6]}
-    return rows
-
-
-def compare(lab: Lab, name: str, head: str, title: str, variants: dict[str, Variant]) -> None:
-    """Runs the variants, and writes their tables and picture."""
-    lab.run(list(variants.values()))
-    rows = scores(lab, variants)
-    kinds = (table(head, by_kind(lab, variants, test)) for test in KINDS)
-    write(lab, name, table(head, rows), *kinds, table(head, costs(variants)))
-    draw(lab.out / f"{name}.png", title, rows, "% right")
-
-
-def write(lab: Lab, name: str, *tables: str) -> None:
-    about = f"Percent right: mean ± standard deviation over {len(lab.seeds)} seeds; {lab.n_image:,} training images, "
-    about += f"{lab.scale:g} times the usual steps; {DEVICE}, torch {torch.__version__}, owlet {commit()}"
-    text = "\n\n".join([about, *tables]) + "\n"
-    (lab.out / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    model.llama.load_state_dict(state)
+    model.vit.load_state_dict(load_model(vision).vit.state_dict())
+    model.tokenizer_folder = text_model.tokenizer_folder
+    return model
 
 
 # --- the command line ---------------------------------------------------------------------------------
 
 
-def experiment(doc: str, run: Callable[[Lab], None]) -> None:
-    """A script's main: run(lab), with what a person can get wrong said in one sentence, and exit code 2."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+@contextmanager
+def experiment(doc: str) -> Iterator[Lab]:
+    """The lab of an experiment's command line. On SIGTERM or Ctrl-C stops all runs and exits with 128 + signal."""
+    p = ArgumentParser(prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=doc)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments", help="folder (default: %(default)s)")
-    p.add_argument("--seeds", type=int, default=3, metavar="N", help="1 to N (default: %(default)s)")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores, %(default)s)")
-    p.add_argument("--images", type=int, default=8000, metavar="N", help="of the world (default: %(default)s)")
-    p.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps: 0.01 to try it (default: 1)")
+    p.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="1 to N (default: %(default)s)")
+    p.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="parallel runs (default: the cores)")
+    p.add_argument("--images", type=positive_int, default=8000, metavar="N", help="to draw (default: %(default)s)")
+    p.add_argument("--scale", type=positive_float, default=1.0, help="factor of all steps (default: 1)")
     args = p.parse_args()
+    args.out = args.out.resolve()
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    try:
-        import matplotlib  # noqa: F401 (now, rather than hours later)
+    with user_errors():
+        import matplotlib  # noqa: F401 (a missing package is an error now rather than after hours)
 
-        if args.seeds < 1 or args.jobs < 1 or not 0 < args.scale < math.inf:
-            raise ValueError("--seeds and --jobs must be 1 or more, --scale above 0")
-        args.out = args.out.resolve()
-        run(Lab(args))
-    except ModuleNotFoundError as error:
-        fail(ValueError(f"{error}: pip install {error.name}"))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt as interrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + interrupt.args[0])
+        try:
+            yield Lab(args)
+        except KeyboardInterrupt as interrupt:
+            log("stopped; the same command continues from here")
+            sys.exit(128 + interrupt.args[0])

@@ -1,23 +1,26 @@
-"""Is an abstractor better than all patches through one Linear? (Owl1 and Owl2 against LLaVA)
+"""Is an abstractor better than one Linear for all patches? (Owl1 and Owl2 compared with LLaVA)
 
-    python experiments/linear.py                # 3 seeds: 9 runs of either stage, 3 or 6 of them shared with the others
+    python -m experiments.linear                # 3 seeds: 9 runs of each stage, 3 or 6 of them shared with the others
 
-The Linear's owl has an image word for each of the 64 patches; it computes less before the decoder, and more in it. So
-it is set beside 8 queries, and beside as many queries as it has words. (The given tower was trained through an
-abstractor, which may favour that.)
+With the Linear an image has 64 visual tokens, one per patch: less to compute before the decoder, and more in it. So it
+is compared both with 8 queries and with 64. (The vision encoder was trained through an abstractor, which may favor the
+queries.)
 """
 
-from lab import Lab, Variant, compare, experiment
+from command import run
+from experiments.lab import Setup, experiment
+from experiments.report import compare_setups
 
 
-def run(lab: Lab) -> None:
-    variants = {
-        "8 queries": Variant(),
-        "64 queries": Variant(n_query=64),
-        "64 patches": Variant(n_query=64, patches=True),
+def main() -> None:
+    setups = {
+        "8 queries": Setup(),
+        "64 queries": Setup(n_query=64),
+        "64 patches": Setup(n_query=64, patches=True),
     }
-    compare(lab, "linear", "image words of", "accuracy by what makes the image words", variants)
+    with experiment(__doc__) as lab:
+        compare_setups(lab, "linear", "visual tokens from", "accuracy by source of the visual tokens", setups)
 
 
 if __name__ == "__main__":
-    experiment(__doc__, run)
+    run(main)

@@ -1,43 +1,44 @@
-"""An owl without an abstractor: every patch becomes an image word, through one Linear, as in LLaVA.
+"""A model without an abstractor, as in LLaVA: one Linear turns each patch into a visual token.
 
-    python experiments/patches.py train_stage2.py --weights FOLDER ...      a script of this repository, with such owls
+    python -m experiments.patches train_stage2 --weights FOLDER ...      runs a command with such models
 
-Its model folders look like any other's, but only hold what there is: visual_fc and vit_eos.
+Model folders look like those of other models, but of the abstractor they contain only visual_fc and vit_eos.
 """
 
 import runpy
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import model  # noqa: E402
-from abstractor import AbstractorConfig  # noqa: E402
+import model
+from abstractor import AbstractorConfig
+from command import ArgumentParser
 
 
 class Patches(nn.Module):
-    """Stands where the Abstractor does: config.n_query must be the number of patches."""
+    """Replaces the Abstractor. config.n_query must be the number of patches."""
 
     def __init__(self, config: AbstractorConfig):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList()  # none: what goes over an abstractor's layers finds nothing to do
+        self.layers = nn.ModuleList()  # code that iterates over an abstractor's layers finds none
         self.fc = nn.Linear(config.n_embd, config.n_out)
         self.eos = nn.Parameter(torch.zeros(1, 1, config.n_out))
 
     def forward(self, image: Tensor) -> Tensor:
-        """image: [N, 1 + P, n_embd] from the vision tower. Returns [N, P + 1, n_out]."""
+        """image: [N, 1 + P, n_embd] from the vision encoder. Returns [N, P + 1, n_out]."""
         x = self.fc(image[:, 1:])  # [N, P, n_out]
         return torch.cat([x, self.eos.expand(len(x), -1, -1)], dim=1)
 
 
 def main() -> None:
-    model.Abstractor = Patches  # of all owls that the script makes
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("module", choices=("train_stage1", "train_stage2", "evaluate"), help="the command to run")
+    parser.parse_args(sys.argv[1:2])  # the flags that follow are those of the command
+    model.Abstractor = Patches  # used by all models that the command creates
     sys.argv = sys.argv[1:]
-    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""How many queries does the abstractor want? (Owl2, Table 7)
+"""How many queries does the abstractor need? (Owl2, Table 7)
 
-    python experiments/queries.py               # 3 seeds: 15 runs of either stage, 3 of them shared with adaptive.py
+    python -m experiments.queries               # 3 seeds: 15 runs of each stage, 3 of them shared with adaptive
 
-An image becomes as many words as there are queries, and one more. Fewer cost less; too few cannot say all that is asked
-about. The paper found 64 enough, and that fewer hurt. Here an image of 64 x 64 pixels has 64 patches. (The given tower
-was trained through 8 queries, which may favour those.)
+An image has one visual token per query and one more. Fewer queries cost less compute; too few cannot carry all that the
+questions ask about. The paper finds that 64 are enough and that fewer hurt. Here an image of 64 x 64 pixels has 64
+patches. (The vision encoder was trained through 8 queries, which may favor 8.)
 """
 
-from lab import Lab, Variant, compare, experiment
+from command import run
+from experiments.lab import Setup, experiment
+from experiments.report import compare_setups
 
 
-def run(lab: Lab) -> None:
-    variants = {str(n): Variant(n_query=n) for n in (4, 8, 16, 32, 64)}
-    compare(lab, "queries", "queries", "accuracy by number of queries", variants)
+def main() -> None:
+    setups = {str(n): Setup(n_query=n) for n in (4, 8, 16, 32, 64)}
+    with experiment(__doc__) as lab:
+        compare_setups(lab, "queries", "queries", "accuracy by number of queries", setups)
 
 
 if __name__ == "__main__":
-    experiment(__doc__, run)
+    run(main)

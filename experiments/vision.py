@@ -1,19 +1,22 @@
-"""Should the vision tower learn as well, and how fast? (Owl2 section 3.3: it does, at rates that fall layer by layer)
+"""Should the vision encoder be trained, and at which rate? (Owl2 section 3.3: yes, at rates that decay layer by layer)
 
-    python experiments/vision.py                # 3 seeds: 9 runs of either stage, 3 of them shared with the others
+    python -m experiments.vision                # 3 seeds: 9 runs of each stage, 3 of them shared with the others
 
-Frozen in both stages (Owl2's released scripts freeze it in fine-tuning); trained; and trained with the learning rate
-halved from each layer to the one below. The tower that is given has seen the same captions, for ten times as long as a
-stage 1 here, so freezing it should cost little.
+Frozen in both stages (Owl2's released scripts freeze it in fine-tuning); trained; or trained with a learning rate that
+halves from each layer to the one below. All runs start from a vision encoder that was trained on the same captions for
+ten times as many steps as stage 1 has here, so freezing it should cost little.
 """
 
-from lab import VIT, Lab, Variant, compare, experiment
+from command import run
+from experiments.lab import VIT, Setup, experiment
+from experiments.report import compare_setups
 
 
-def run(lab: Lab) -> None:
-    variants = {vit: Variant(vit=vit) for vit in VIT}
-    compare(lab, "vision", "vision tower", "accuracy by what becomes of the vision tower", variants)
+def main() -> None:
+    setups = {vit: Setup(vit=vit) for vit in VIT}
+    with experiment(__doc__) as lab:
+        compare_setups(lab, "vision", "vision encoder", "accuracy by training of the vision encoder", setups)
 
 
 if __name__ == "__main__":
-    experiment(__doc__, run)
+    run(main)
