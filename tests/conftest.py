@@ -1,29 +1,40 @@
-"""What the tests share: the golden files, and tiny owls with random weights."""
+"""What the tests share: golden files, tiny models with random weights, random batches, comparison with a tolerance."""
 
 import dataclasses
+import functools
+import io
 import sys
+import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from abstractor import AbstractorConfig  # noqa: E402
 from llama import LlamaConfig  # noqa: E402
-from model import IMAGE_ID, Owl, OwlConfig, owl1, owl2  # noqa: E402
+from model import IMAGE_TOKEN_ID, Owl, OwlConfig  # noqa: E402
+from training.presets import owl1, owl2  # noqa: E402
 from vit import ViTConfig  # noqa: E402
-from weights import fill, load_model  # noqa: E402
+from training.parallel import materialize  # noqa: E402
+from weights import load_model  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_FOLDERS = ("owl1", "owl2", "owl2-bin-shards")
+VARIANTS = ("owl1", "owl2")
 
-torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, above all on a busy machine
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
 
-def make_config(style: str, vit: dict = {}, abstractor: dict = {}, llama: dict = {}) -> OwlConfig:
+def make_config(variant: str, vit: dict = {}, abstractor: dict = {}, llama: dict = {}) -> OwlConfig:
     """A tiny configuration; the three dictionaries replace fields of its parts."""
     parts = (
         ViTConfig(image_size=16, patch_size=8, n_layer=2, n_head=2, n_embd=16, n_mlp=24),
@@ -31,12 +42,12 @@ def make_config(style: str, vit: dict = {}, abstractor: dict = {}, llama: dict =
         LlamaConfig(vocab_size=40, context=64, n_layer=2, n_head=4, n_kv_head=4, n_embd=32, n_mlp=40),
     )
     changed = [dataclasses.replace(part, **changes) for part, changes in zip(parts, (vit, abstractor, llama))]
-    return {"owl1": owl1, "owl2": owl2}[style](*changed)
+    return {"owl1": owl1, "owl2": owl2}[variant](*changed)
 
 
 @torch.no_grad()
 def make_owl(config: OwlConfig, seed: int = 0) -> Owl:
-    """An owl whose every parameter is random and matters: unlike init_weights, norms and biases are not plain."""
+    """A model whose every parameter is random and affects the output, norm weights and biases included."""
     generator = torch.Generator().manual_seed(seed)
     model = Owl(config)
     for name, parameter in model.named_parameters():
@@ -48,82 +59,121 @@ def make_owl(config: OwlConfig, seed: int = 0) -> Owl:
     return model.eval()
 
 
-def build(config: OwlConfig, tensors) -> Owl:
-    """An owl of float32 weights from a stream of (name, tensor)."""
-    with torch.device("meta"):
-        model = Owl(config)
-    fill(model, tensors, "cpu")
+@functools.cache
+def small_vocab_owl(variant: str = "owl2", context: int = 64) -> Owl:
+    """A model with 12 tokens, so that </s> is selected often, and grouped heads. Shared: do not modify it."""
+    model = make_owl(make_config(variant, llama={"vocab_size": 12, "context": context, "n_kv_head": 2}), seed=5)
+    model.llama.lm_head.weight.data[model.config.llama.eos_id] *= 1.3
     return model
 
 
-def make_row(config: OwlConfig, length: int, n_image: int, generator: torch.Generator) -> torch.Tensor:
-    """A random prompt [T] with `length` words (ids 3 and up) and n_image images at random places among them."""
-    words = torch.randint(3, config.llama.vocab_size, (length,), generator=generator).tolist()
+def build(config: OwlConfig, tensors: Iterable[tuple[str, Tensor]]) -> Owl:
+    """A model with the float32 weights of (name, tensor) pairs."""
+    with torch.device("meta"):
+        model = Owl(config)
+    materialize(model, tensors, "cpu")
+    return model
+
+
+def make_row(config: OwlConfig, length: int, n_image: int, generator: torch.Generator) -> Tensor:
+    """A random prompt [T]: `length` text tokens (ids 3 and up) with n_image images at random positions."""
+    ids = torch.randint(3, config.llama.vocab_size, (length,), generator=generator).tolist()
     for _ in range(n_image):
-        place = int(torch.randint(0, len(words) + 1, (1,), generator=generator))
-        while 0 < place < len(words) and words[place - 1] == words[place] == IMAGE_ID:
-            place -= 1  # not inside another image
-        words[place:place] = [IMAGE_ID] * config.image_words
-    return torch.tensor(words)
+        position = int(torch.randint(0, len(ids) + 1, (1,), generator=generator))
+        while 0 < position < len(ids) and ids[position - 1] == ids[position] == IMAGE_TOKEN_ID:
+            position -= 1  # not inside another image
+        ids[position:position] = [IMAGE_TOKEN_ID] * config.n_visual_tokens
+    return torch.tensor(ids)
 
 
-def make_images(config: OwlConfig, n_image: int, generator: torch.Generator) -> torch.Tensor | None:
-    """Random images [n_image, 3, image_size, image_size]; None for none."""
+def make_images(config: OwlConfig, n_image: int, generator: torch.Generator) -> Tensor | None:
+    """Random images [n_image, 3, image_size, image_size], or None if n_image is 0."""
     if n_image == 0:
         return None
     return torch.randn(n_image, 3, config.image_size, config.image_size, generator=generator)
 
 
-def pad_rows(rows: list[torch.Tensor], filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [B, T], lengths [B]): the rows padded on the right."""
+def pad_rows(rows: list[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
+    """Pads rows on the right. Returns ids [B, T] and lengths [B]."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
     return ids, torch.tensor([len(row) for row in rows])
 
 
-@pytest.fixture(scope="session")
-def golden_folder():
-    """golden_folder(name) -> Path of a golden model."""
-    return lambda name: GOLDEN / name
+class Batch(NamedTuple):
+    """Rows padded on the right, and each row alone."""
+
+    ids: Tensor  # [B, T]
+    images: Tensor | None  # [N, 3, S, S], of all rows
+    lengths: Tensor  # [B]
+    rows: list[tuple[Tensor, Tensor | None]]  # ids [1, T] and images of each row
+
+
+def make_batch(config: OwlConfig, sizes: Iterable[tuple[int, int]], seed: int = 0) -> Batch:
+    """A random batch. sizes: (number of text tokens, number of images) of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(make_row(config, *size, generator), make_images(config, size[1], generator)) for size in sizes]
+    images = [images for _, images in rows if images is not None]
+    ids, lengths = pad_rows([ids for ids, _ in rows], filler=7)
+    return Batch(ids, torch.cat(images) if images else None, lengths, [(ids[None], images) for ids, images in rows])
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """Writes a tar with these (name, content) members."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def collect(tokens: Iterable[Tensor]) -> Tensor:
+    """Generates to the end. Returns the tokens [B, steps]."""
+    steps = list(tokens)
+    return torch.stack(steps, dim=1) if steps else torch.zeros(0, 0, dtype=torch.int64)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
+    """Checks that tensors are equal within `tolerance` times the largest magnitude in `expected`."""
+    atol = tolerance * expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
+def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of the loss for each parameter, by name; zero where the loss does not depend on it."""
+    names, parameters = zip(*module.named_parameters())
+    values = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, values))
+
+
+def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    """Checks each gradient within `tolerance` times its largest magnitude, but at least 5 % of the largest of all.
+
+    (The gradient of a key bias is exactly 0, computed as a sum of numbers that cancel.)
+    """
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        atol = tolerance * max(gradient.abs().max().item(), 0.05 * largest)
+        message = f"gradient of {name}: "
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=atol, msg=lambda text: message + text)
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """golden(name) -> (model, tensors) of a golden model, read once. Leave the model as it is."""
-    read = {}
-
-    def load(name: str) -> tuple[Owl, dict[str, torch.Tensor]]:
-        if name not in read:
-            read[name] = load_model(GOLDEN / name), load_file(GOLDEN / name / "golden.safetensors")
-        return read[name]
-
-    return load
+def golden() -> Callable[[str], tuple[Owl, dict[str, Tensor]]]:
+    """golden(name) -> (model, tensors) of a golden model. Shared: do not modify the model."""
+    return functools.cache(lambda name: (load_model(GOLDEN / name), load_file(GOLDEN / name / "golden.safetensors")))
 
 
-@pytest.fixture(scope="session")
-def tiny_config():
-    """tiny_config(style, vit={}, abstractor={}, llama={}) -> OwlConfig."""
-    return make_config
+@pytest.fixture
+def record_calls():
+    """record_calls(module) -> a list that receives (input, output) of each call, until the test ends."""
+    handles = []
 
+    def start(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        calls = []
+        handles.append(module.register_forward_hook(lambda _, args, output: calls.append((args[0], output))))
+        return calls
 
-@pytest.fixture(scope="session")
-def tiny_owl():
-    """tiny_owl(config, seed=0) -> Owl with random weights."""
-    return make_owl
-
-
-@pytest.fixture(scope="session")
-def random_row():
-    """random_row(config, length, n_image, generator) -> ids [T]."""
-    return make_row
-
-
-@pytest.fixture(scope="session")
-def random_images():
-    """random_images(config, n_image, generator) -> images, or None for none."""
-    return make_images
-
-
-@pytest.fixture(scope="session")
-def padded():
-    """padded(rows, filler=0) -> (ids [B, T], lengths [B])."""
-    return pad_rows
+    yield start
+    for handle in handles:
+        handle.remove()

@@ -1,7 +1,8 @@
-"""LoRA: a fresh adapter changes nothing, the frozen stays frozen, merging is exact both ways, and PEFT agrees."""
+"""LoRA: a new adapter changes nothing, frozen weights stay frozen, merging is exact both ways, and PEFT agrees."""
 
 import copy
 import json
+import os
 import pickle
 import warnings
 
@@ -11,27 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import weights
+from conftest import make_config, make_images, make_owl, make_row, pad_rows
+from inference.adapter import load_lora, load_non_lora, save_lora, save_non_lora
 from model import Owl
+from train_stage2 import LORA_TARGETS
+from training.presets import init_weights
 
-STYLES = ("owl1", "owl2")
-OWL1_TARGETS = ("q_proj", "v_proj")
-OWL2_TARGETS = (
-    "q_proj",
-    "k_proj.multiway.0",
-    "k_proj.multiway.1",
-    "v_proj.multiway.0",
-    "v_proj.multiway.1",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
-TARGETS = {"owl1": OWL1_TARGETS, "owl2": OWL2_TARGETS}
-
-
-def official(style: str):
-    """The function that lora.save and lora.load take for an owl of that style."""
-    return lambda name: weights.official_name(name, style)
+VARIANTS = ("owl1", "owl2")
 
 
 def logits_of(model: Owl, batch) -> torch.Tensor:
@@ -40,10 +27,10 @@ def logits_of(model: Owl, batch) -> torch.Tensor:
         return model(ids, images)[0]
 
 
-def randomize(model: torch.nn.Module, seed: int = 1) -> None:
-    """Gives the adapter matrices as training would leave them: none of them zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, module in lora.adapted(model):
+def randomize(model: torch.nn.Module) -> None:
+    """Fills the adapter's matrices as training would: none is zero."""
+    generator = torch.Generator().manual_seed(1)
+    for _, module in lora.lora_modules(model):
         for matrix in (module.lora_A.weight, module.lora_B.weight):
             matrix.data.normal_(std=0.2, generator=generator)
 
@@ -52,137 +39,116 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.fixture
-def owl_and_batch(tiny_config, tiny_owl, random_row, random_images, padded):
-    """owl_and_batch(style) -> (model, (ids, images)): two rows, one with an image."""
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
-    def make(style: str, **changes):
-        config = tiny_config(style, **changes)
+
+@pytest.fixture
+def model_and_batch():
+    """model_and_batch(variant) -> (model, (ids, images)): two rows, one with an image."""
+
+    def make(variant: str):
+        config = make_config(variant)
         generator = torch.Generator().manual_seed(0)
-        ids, _ = padded([random_row(config, 8, 1, generator), random_row(config, 6, 0, generator)])
-        return tiny_owl(config), (ids, random_images(config, 1, generator))
+        ids, _ = pad_rows([make_row(config, 8, 1, generator), make_row(config, 6, 0, generator)])
+        return make_owl(config), (ids, make_images(config, 1, generator))
 
     return make
 
 
-# ----------------------------------------------------------------------------------------------------
-# What it does to a model
+# --- the model -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_a_fresh_adapter_changes_nothing(owl_and_batch, style):
-    """Bit for bit: logits, and the state that save_model would write."""
-    model, batch = owl_and_batch(style)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_new_adapter_changes_nothing(model_and_batch, variant):
+    """Bit for bit: logits, and the state that save_model would write. It takes over the model's mode."""
+    model, batch = model_and_batch(variant)
     expected = logits_of(model, batch)
-    state = {key: tensor.detach().clone() for key, tensor in weights.official_state(model).items()}
-    lora.wrap(model, TARGETS[style], rank=4, alpha=8, dropout=0.5)
+    state = {key: tensor.detach().clone() for key, tensor in weights.hf_state_dict(model).items()}
+    lora.inject_lora(model, LORA_TARGETS[variant], rank=4, alpha=8, dropout=0.5)
+    assert not any(module.training for module in model.modules())
     assert torch.equal(logits_of(model, batch), expected)
-    after = weights.official_state(model)
-    assert after.keys() == state.keys()
-    assert all(torch.equal(after[key], state[key]) for key in state)
-    lora.merge(model)
+    assert same(weights.hf_state_dict(model), state)
+    lora.merge_lora(model)
     assert torch.equal(logits_of(model, batch), expected)
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_only_the_adapter_is_trained(owl_and_batch, style):
-    """After some steps everything else is bit-identical, and every matrix of the adapter has moved."""
-    model, (ids, images) = owl_and_batch(style)
-    base = snapshot(model)
-    n_wrapped = len(TARGETS[style]) * model.config.llama.n_layer
-    lora.wrap(model, TARGETS[style], rank=4, alpha=8, dropout=0.05)
-    fresh = snapshot(model)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * n_wrapped
-    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_adapter_is_trained(model_and_batch, variant):
+    """After some steps everything else is bit-identical, and every matrix of the adapter has changed."""
+    model, (ids, images) = model_and_batch(variant)
+    lora.inject_lora(model, LORA_TARGETS[variant], rank=4, alpha=8, dropout=0.05)
+    before = snapshot(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * len(LORA_TARGETS[variant]) * model.config.llama.n_layer
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
     model.train()
     losses = []
-    for _ in range(5):
+    for _ in range(3):
+        optimizer.zero_grad()
         _, loss = model(ids, images, ids.clamp(min=0))
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    after = snapshot(model)
-    for name in base:
-        assert torch.equal(after[name], base[name]), name
-    for name in trained:
-        assert not torch.equal(after[name], fresh[name]), name
-    for name, parameter in model.named_parameters():
-        if name not in trained:
-            assert parameter.grad is None, name
+    for name, tensor in snapshot(model).items():
+        assert torch.equal(tensor, before[name]) == (".lora_" not in name) == (name not in trained), name
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in trained)
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_merged_equals_unmerged_and_back(owl_and_batch, style):
-    """To 1e-5 in float32 merged; bit for bit after unmerge, again and again."""
-    model, batch = owl_and_batch(style)
+@pytest.mark.parametrize("variant, dtype", [("owl1", torch.float32), ("owl2", torch.float32), ("owl2", torch.bfloat16)])
+def test_merge_and_unmerge(model_and_batch, variant, dtype):
+    """Merged, logits agree to 1e-5 in float32; after unmerge_lora all weights and logits are bit-identical."""
+    model, (ids, images) = model_and_batch(variant)
+    model, batch = model.to(dtype), (ids, images.to(dtype))
     plain = logits_of(model, batch)
-    lora.wrap(model, TARGETS[style], rank=4, alpha=2)
+    lora.inject_lora(model, LORA_TARGETS[variant], rank=4, alpha=2)
     randomize(model)
-    before = snapshot(model)
-    adapted = logits_of(model, batch)
-    assert (adapted - plain).abs().max() > 0.01, "the adapter does something"
-    for _ in range(3):
-        lora.merge(model)
-        lora.merge(model)
-        torch.testing.assert_close(logits_of(model, batch), adapted, rtol=0, atol=1e-5)
-        lora.unmerge(model)
-        lora.unmerge(model)
-        assert torch.equal(logits_of(model, batch), adapted)
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    before, expected = snapshot(model), logits_of(model, batch)
+    assert (expected - plain).abs().max() > 0.01, "the adapter has an effect"
+    for _ in range(2):
+        lora.merge_lora(model)
+        lora.merge_lora(model)
+        name = "llama.layers.0.self_attn.q_proj.weight"
+        assert not torch.equal(model.state_dict()[name], before[name])
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits_of(model, batch), expected, rtol=0, atol=1e-5)
+        lora.unmerge_lora(model)
+        lora.unmerge_lora(model)
+        assert torch.equal(logits_of(model, batch), expected)
+    assert same(snapshot(model), before)
 
 
-def test_unmerge_is_exact_in_bf16(owl_and_batch):
-    model, _ = owl_and_batch("owl2")
-    model = model.bfloat16()
-    lora.wrap(model, OWL2_TARGETS, rank=4, alpha=8)
-    randomize(model)
-    before = snapshot(model)
-    lora.merge(model)
-    name = "llama.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(model.get_parameter(name), before[name])
-    lora.unmerge(model)
-    after = snapshot(model)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_the_correction_by_hand():
+def test_update_by_hand():
     """y = W x + b + B A x alpha / rank."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     x = torch.randn(3, 6)
-    W, b = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    lora.wrap(model, ("0",), rank=2, alpha=3)
+    plain = model(x)
+    lora.inject_lora(model, ("0",), rank=2, alpha=3)
     randomize(model)
-    A, B = model[0].lora_A.weight, model[0].lora_B.weight
-    expected = x @ W.T + b + x @ (B @ A).T * 1.5
+    expected = plain + x @ (model[0].lora_B.weight @ model[0].lora_A.weight).T * 1.5
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
 
 
-def test_dropout_is_for_training_only_and_for_the_adapter_only():
+def test_dropout_only_in_training_and_only_in_the_adapter():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(400, 3, bias=False))
     x = torch.ones(1, 400)
-    lora.wrap(model, ("0",), rank=2, alpha=2, dropout=0.5)
-    plain = model.train()(x)
-    assert torch.equal(model(x), plain), "the base path has no dropout"
+    lora.inject_lora(model, ("0",), rank=2, alpha=2, dropout=0.5)
+    assert torch.equal(model.train()(x), model(x)), "the base path has no dropout"
     randomize(model)
     assert not torch.equal(model(x), model(x))
-    mean = torch.stack([model(x) for _ in range(600)]).mean(dim=0)
+    mean = model(x.expand(600, 400)).mean(dim=0, keepdim=True)
     expected = model.eval()(x)
     assert torch.equal(model(x), expected)
     torch.testing.assert_close(mean, expected, rtol=0, atol=0.3)
 
 
-def test_targets_are_whole_names_or_their_last_parts(owl_and_batch):
-    model, _ = owl_and_batch("owl2")
-    lora.wrap(model, ("layers.1.self_attn.q_proj", "k_proj.multiway.1", "llama.lm_head"), rank=1, alpha=1)
-    assert [name for name, _ in lora.adapted(model)] == [
+def test_targets_are_full_names_or_their_last_parts(model_and_batch):
+    model, _ = model_and_batch("owl2")
+    lora.inject_lora(model, ("layers.1.self_attn.q_proj", "k_proj.multiway.1", "llama.lm_head"), rank=1, alpha=1)
+    assert [name for name, _ in lora.lora_modules(model)] == [
         "llama.layers.0.self_attn.k_proj.multiway.1",
         "llama.layers.1.self_attn.q_proj",
         "llama.layers.1.self_attn.k_proj.multiway.1",
@@ -190,129 +156,105 @@ def test_targets_are_whole_names_or_their_last_parts(owl_and_batch):
     ]
 
 
-@pytest.mark.parametrize("target", ["nothing", "_proj", "multiway", "norm", "embed_tokens", "patch_embed"])
-def test_a_target_that_is_no_linear(owl_and_batch, target):
-    """ValueError; half a name does not count; and the model is not half wrapped."""
-    model, _ = owl_and_batch("owl2")
+@pytest.mark.parametrize("target", ["nothing", "_proj", "multiway", "embed_tokens"])
+def test_a_target_that_names_no_linear(model_and_batch, target):
+    """Part of a name component does not match, and nothing is injected."""
+    model, _ = model_and_batch("owl2")
     with pytest.raises(ValueError, match=target):
-        lora.wrap(model, ("q_proj", target), rank=1, alpha=1)
-    assert not list(lora.adapted(model))
+        lora.inject_lora(model, ("q_proj", target), rank=1, alpha=1)
+    assert not list(lora.lora_modules(model))
 
 
-def test_wrapping_twice_does_not_lose_the_first_adapter(owl_and_batch):
-    """It is refused: a second adapter over the same Linear would silently take the first one's place."""
-    model, batch = owl_and_batch("owl1")
-    lora.wrap(model, ("q_proj",), rank=2, alpha=4)
-    randomize(model)
-    expected = logits_of(model, batch)
-    with pytest.raises(ValueError):
-        lora.wrap(model, ("q_proj",), rank=2, alpha=4)
-    assert torch.equal(logits_of(model, batch), expected)
+def test_init_lora(model_and_batch):
+    """lora_B is zero, and lora_A uniform in +-1 / sqrt(n_in)."""
+    model, _ = model_and_batch("owl2")
+    lora.inject_lora(model, ("down_proj",), rank=8, alpha=4)
+    tensors = dict(lora.init_lora(model))
+    assert tensors.keys() == {name for name in model.state_dict() if ".lora_" in name}
+    for name, tensor in tensors.items():
+        bound = tensor.shape[1] ** -0.5 if ".lora_A." in name else 0.0
+        assert 0.9 * bound <= tensor.abs().max() <= bound
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_adapter_is_in_the_models_mode(owl_and_batch, training):
-    """Put on a model in evaluation mode, it has no dropout: nobody calls eval() a second time."""
-    model, _ = owl_and_batch("owl2")
-    model.train(training)
-    lora.wrap(model, ("q_proj",), rank=2, alpha=4, dropout=0.5)
-    assert all(module.training == training for module in model.modules())
-
-
-# ----------------------------------------------------------------------------------------------------
-# Files
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_an_adapter_comes_back(owl_and_batch, tmp_path, style):
-    """Only the adapter is written; loaded on a fresh model it gives the same bits."""
-    model, batch = owl_and_batch(style)
+@pytest.mark.parametrize("variant, kind", [("owl1", "bin"), ("owl2", "safetensors")])
+def test_save_and_load(model_and_batch, tmp_path, variant, kind):
+    """Only the adapter is written, merged or not; loaded into the base model it gives the same bits."""
+    model, batch = model_and_batch(variant)
     base = copy.deepcopy(model)
-    lora.wrap(model, TARGETS[style], rank=4, alpha=6, dropout=0.05)
+    lora.inject_lora(model, LORA_TARGETS[variant], rank=4, alpha=6, dropout=0.05)
     randomize(model)
-    lora.save(model, tmp_path, official(style), base="an/owl")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.05)
-    assert config["base_model_name_or_path"] == "an/owl"
+    save_lora(model, tmp_path, base="some/base")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads(files["adapter_config.json"])
+    expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "base_model_name_or_path": "some/base"}
+    assert config | expected == config
+    expected = logits_of(model, batch), snapshot(model)
+    lora.merge_lora(model)
+    save_lora(model, tmp_path / "merged", base="some/base")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == files
 
-    lora.load(base, tmp_path, official(style))
-    assert torch.equal(logits_of(base, batch), logits_of(model, batch))
-    first, second = snapshot(model), snapshot(base)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {n for n, p in base.named_parameters() if p.requires_grad} == {n for n in first if ".lora_" in n}
-    assert all(module.dropout == 0.05 for _, module in lora.adapted(base))
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_saving_a_merged_adapter_saves_the_adapter(owl_and_batch, tmp_path, style):
-    model, _ = owl_and_batch(style)
-    lora.wrap(model, TARGETS[style], rank=4, alpha=6)
-    randomize(model)
-    lora.save(model, tmp_path / "apart", official(style))
-    lora.merge(model)
-    lora.save(model, tmp_path / "merged", official(style))
-    for path in (tmp_path / "apart").iterdir():
-        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
+    if kind == "bin":  # as older versions of PEFT wrote it
+        torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+        (tmp_path / "adapter_model.safetensors").unlink()
+    load_lora(base, tmp_path)
+    assert torch.equal(logits_of(base, batch), expected[0])
+    assert same(snapshot(base), expected[1])
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == {n for n in expected[1] if ".lora_" in n}
+    assert all(module.dropout == 0.05 for _, module in lora.lora_modules(base))
 
 
-def test_owl_names_are_those_of_official_runs(owl_and_batch, tmp_path):
-    """base_model.model. and the released checkpoint's own name."""
-    for style, prefix in (("owl1", "language_model.model."), ("owl2", "model.")):
-        model, _ = owl_and_batch(style)
-        lora.wrap(model, TARGETS[style], rank=2, alpha=4)
-        lora.save(model, tmp_path / style, official(style))
-        keys = load_file(tmp_path / style / "adapter_model.safetensors").keys()
-        assert f"base_model.model.{prefix}layers.0.self_attn.q_proj.lora_A.weight" in keys
-        assert f"base_model.model.{prefix}layers.1.self_attn.q_proj.lora_B.weight" in keys
-        if style == "owl2":
-            assert f"base_model.model.{prefix}layers.0.self_attn.k_proj.multiway.1.lora_A.weight" in keys
-        assert len(keys) == 2 * len(TARGETS[style]) * model.config.llama.n_layer
-
-
-def test_every_linear_of_an_owl_can_be_wrapped_saved_and_loaded(owl_and_batch, tmp_path):
-    """Vision tower, abstractor, decoder and lm_head."""
-    for style in STYLES:
-        model, batch = owl_and_batch(style)
-        base = copy.deepcopy(model)
-        names = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-        lora.wrap(model, names, rank=1, alpha=1)
-        randomize(model)
-        lora.save(model, tmp_path / style, official(style))
-        state = weights.official_state(base)
-        for key in load_file(tmp_path / style / "adapter_model.safetensors"):
-            name = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-            assert f"{name}.weight" in state
-        lora.load(base, tmp_path / style, official(style))
-        assert torch.equal(logits_of(base, batch), logits_of(model, batch))
-
-
-def test_adapter_in_bin(owl_and_batch, tmp_path):
-    """As official runs of the time wrote it."""
-    model, batch = owl_and_batch("owl2")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_linear_can_be_adapted_saved_and_loaded(model_and_batch, tmp_path, variant):
+    """Vision encoder, abstractor, decoder and lm_head, under base_model.model. and their Hugging Face names."""
+    model, batch = model_and_batch(variant)
     base = copy.deepcopy(model)
-    lora.wrap(model, OWL2_TARGETS, rank=2, alpha=4)
+    names = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    lora.inject_lora(model, names, rank=1, alpha=1)
     randomize(model)
-    lora.save(model, tmp_path, official("owl2"))
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    torch.save(tensors, tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_model.safetensors").unlink()
-    lora.load(base, tmp_path, official("owl2"))
+    save_lora(model, tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    ends = ("lora_A.weight", "lora_B.weight")
+    assert keys == {f"base_model.model.{weights.hf_name(name, variant)}.{end}" for name in names for end in ends}
+    load_lora(base, tmp_path)
     assert torch.equal(logits_of(base, batch), logits_of(model, batch))
 
 
-# ----------------------------------------------------------------------------------------------------
-# PEFT
+def test_non_lora_trainables(model_and_batch, tmp_path):
+    """Weights that were trained beside an adapter, under PEFT's names; unknown names and shapes are refused."""
+    model, _ = model_and_batch("owl2")
+    base = copy.deepcopy(model)
+    load_non_lora(base, tmp_path)  # without the file nothing happens
+    model.requires_grad_(False)
+    save_non_lora(model, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    model.abstractor.fc.requires_grad_(True)
+    model.abstractor.fc.weight.data.normal_()
+    save_non_lora(model, tmp_path)
+    path = tmp_path / "non_lora_trainables.bin"
+    prefix = "base_model.model.model.visual_abstractor.visual_fc"
+    assert torch.load(path).keys() == {f"{prefix}.weight", f"{prefix}.bias"}
+    load_non_lora(base, tmp_path)
+    assert torch.equal(base.abstractor.fc.weight, model.abstractor.fc.weight)
+    for key in ("base_model.model.nothing.weight", "base_model.model.lm_head.weight"):
+        torch.save({key: torch.zeros(3, 3)}, path)
+        with pytest.raises(ValueError, match=path.name):
+            load_non_lora(base, tmp_path)
+
+
+# --- PEFT ------------------------------------------------------------------------------------------
 
 
 HF_NAMES = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "k_proj", "up_proj")
 
 
-def hf_llama(transformers):
+@pytest.fixture
+def twins():
+    """The same tiny LLaMA twice: (ours, an Owl2 without the modality-adaptive module; transformers')."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     torch.manual_seed(7)
-    config = transformers.LlamaConfig(
+    hf_config = transformers.LlamaConfig(
         vocab_size=50,
         hidden_size=32,
         intermediate_size=44,
@@ -322,27 +264,13 @@ def hf_llama(transformers):
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
         initializer_range=0.15,
-        tie_word_embeddings=False,
     )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture
-def twins(tiny_config):
-    """The same tiny LLaMA twice: (ours, an Owl1 without need of images; transformers')."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    theirs = hf_llama(transformers)
-    sizes = {"vocab_size": 50, "n_mlp": 44, "n_kv_head": 2, "norm_eps": 1e-5}
-    ours = Owl(tiny_config("owl1", llama=sizes)).init_weights().eval()
+    theirs = transformers.LlamaForCausalLM(hf_config).eval()
+    config = make_config("owl2", llama={"vocab_size": 50, "n_mlp": 44, "n_kv_head": 2, "norm_eps": 1e-5})
+    config.llama.adaptive = False  # so that Hugging Face's names are those of a plain LLaMA
+    ours = init_weights(Owl(config)).eval()
     ours.llama.load_state_dict({key.removeprefix("model."): value for key, value in theirs.state_dict().items()})
     return ours, theirs
-
-
-def hf_name(name: str) -> str:
-    """Our module's name as transformers' plain LLaMA has it."""
-    name = name.removeprefix("llama.")
-    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def test_peft_loads_ours(twins, tmp_path):
@@ -350,9 +278,9 @@ def test_peft_loads_ours(twins, tmp_path):
     import peft
 
     ours, theirs = twins
-    lora.wrap(ours, HF_NAMES, rank=4, alpha=6)
+    lora.inject_lora(ours, HF_NAMES, rank=4, alpha=6)
     randomize(ours)
-    lora.save(ours, tmp_path, hf_name)
+    save_lora(ours, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of keys that it misses or does not know
         loaded = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
@@ -360,12 +288,11 @@ def test_peft_loads_ours(twins, tmp_path):
     with torch.no_grad():
         expected = ours(ids)[0]
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
-        lora.merge(ours)
+        lora.merge_lora(ours)
         torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, ours(ids)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], list(HF_NAMES), "all-linear"])
+@pytest.mark.parametrize("safe, targets", [(True, ["q_proj", "v_proj"]), (False, list(HF_NAMES)), (True, "all-linear")])
 def test_we_load_pefts(twins, tmp_path, safe, targets):
     import peft
 
@@ -377,18 +304,15 @@ def test_we_load_pefts(twins, tmp_path, safe, targets):
         if ".lora_" in name:
             parameter.data.normal_(std=0.2, generator=generator)
     adapted.save_pretrained(tmp_path, safe_serialization=safe)
-    lora.load(ours, tmp_path, hf_name)
-    assert all((m.rank, m.alpha, m.dropout) == (3, 9, 0.1) for _, m in lora.adapted(ours))
+    load_lora(ours, tmp_path)
+    assert all((m.rank, m.alpha, m.dropout) == (3, 9, 0.1) for _, m in lora.lora_modules(ours))
     ids = torch.randint(0, 50, (2, 13), generator=generator)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids)[0], adapted(ids).logits, rtol=0, atol=1e-5)
-
-    lora.save(ours, tmp_path / "again", hf_name)
+    save_lora(ours, tmp_path / "again")
     if safe:
-        first = load_file(tmp_path / "adapter_model.safetensors")
-        second = load_file(tmp_path / "again" / "adapter_model.safetensors")
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
+        first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+        assert same(first, second)
 
 
 def test_a_training_step_equals_pefts(twins):
@@ -396,59 +320,54 @@ def test_a_training_step_equals_pefts(twins):
     import peft
 
     ours, theirs = twins
-    lora.wrap(ours, ("q_proj", "v_proj"), rank=4, alpha=6)
+    lora.inject_lora(ours, ("q_proj", "v_proj"), rank=4, alpha=6)
     randomize(ours)
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(theirs, config)
-    with torch.no_grad():
-        for name, module in lora.adapted(ours):
-            twin = adapted.get_submodule("base_model.model." + hf_name(name))
-            twin.lora_A["default"].weight.copy_(module.lora_A.weight)
-            twin.lora_B["default"].weight.copy_(module.lora_B.weight)
+    pairs = []  # of the same matrix
+    for name, module in lora.lora_modules(ours):
+        twin = adapted.get_submodule("base_model.model." + weights.hf_name(name, "owl2"))
+        pairs.append((module.lora_A.weight, twin.lora_A["default"].weight))
+        pairs.append((module.lora_B.weight, twin.lora_B["default"].weight))
+    for matrix, twin in pairs:
+        twin.data.copy_(matrix)
     ids = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(0))
-    loss = ours(ids, labels=ids)[1]
-    loss.backward()
-    expected = adapted(ids, labels=ids).loss
-    expected.backward()
+    loss, expected = ours(ids, labels=ids)[1], adapted(ids, labels=ids).loss
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-    for name, module in lora.adapted(ours):
-        twin = adapted.get_submodule("base_model.model." + hf_name(name))
-        torch.testing.assert_close(module.lora_A.weight.grad, twin.lora_A["default"].weight.grad, rtol=0, atol=5e-6)
-        torch.testing.assert_close(module.lora_B.weight.grad, twin.lora_B["default"].weight.grad, rtol=0, atol=5e-6)
+    loss.backward()
+    expected.backward()
+    for matrix, twin in pairs:
+        torch.testing.assert_close(matrix.grad, twin.grad, rtol=0, atol=5e-6)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Errors
+# --- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def adapter(owl_and_batch, tmp_path):
-    """(a plain owl2, the folder of a good adapter for it)."""
-    model, _ = owl_and_batch("owl2")
+def adapter(model_and_batch, tmp_path):
+    """(a plain Owl2, the folder of a valid adapter for it)."""
+    model, _ = model_and_batch("owl2")
     plain = copy.deepcopy(model)
-    lora.wrap(model, ("q_proj", "v_proj.multiway.0"), rank=2, alpha=4)
+    lora.inject_lora(model, ("q_proj", "v_proj.multiway.0"), rank=2, alpha=4)
     randomize(model)
-    lora.save(model, tmp_path / "adapter", official("owl2"))
+    save_lora(model, tmp_path / "adapter")
     return plain, tmp_path / "adapter"
 
 
 def assert_refused(plain, folder, *words: str, error=ValueError) -> None:
-    """Loading fails in one sentence with these words, and leaves the model without an adapter."""
+    """Asserts that loading fails with one line that has all the words, and leaves the model without an adapter."""
     with pytest.raises(error) as caught:
-        lora.load(plain, folder, official("owl2"))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
-    assert not list(lora.adapted(plain))
+        load_lora(plain, folder)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+    assert not list(lora.lora_modules(plain))
 
 
-def test_saving_without_an_adapter(owl_and_batch, tmp_path):
-    model, _ = owl_and_batch("owl2")
-    with pytest.raises(ValueError, match="no adapter"):
-        lora.save(model, tmp_path)
+def test_saving_without_an_adapter(model_and_batch, tmp_path):
+    with pytest.raises(ValueError, match="adapter"):
+        save_lora(model_and_batch("owl1")[0], tmp_path)
 
 
-def test_files_that_are_missing(adapter, tmp_path):
+def test_missing_files(adapter, tmp_path):
     plain, folder = adapter
     assert_refused(plain, tmp_path / "nowhere", "nowhere", error=FileNotFoundError)
     (folder / "adapter_model.safetensors").unlink()
@@ -457,107 +376,78 @@ def test_files_that_are_missing(adapter, tmp_path):
     assert_refused(plain, folder, "adapter_config.json", error=FileNotFoundError)
 
 
-NO_CONFIG = ["", "{", "[]", "3", "null", "{}", '{"r": "x", "lora_alpha": 1}', '{"r": 2}', '{"r": null, "lora_alpha": 1}']
 
 
-@pytest.mark.parametrize("content", NO_CONFIG)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"r": "x", "lora_alpha": 1}', '{"r": null, "lora_alpha": 1}'])
 def test_a_corrupt_config(adapter, content):
     plain, folder = adapter
     (folder / "adapter_config.json").write_text(content)
     assert_refused(plain, folder, "adapter_config.json")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"r": 0},
-        {"r": -2},
-        {"lora_dropout": 2.0},
-        {"lora_dropout": "much"},
-        {"peft_type": "IA3"},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"bias": "all"},
-        {"fan_in_fan_out": True},
-        {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 4}},
-        {"alpha_pattern": {"q_proj": 4}},
-    ],
-    ids=lambda changes: "-".join(changes),
-)
-def test_another_kind_of_adapter(adapter, changes):
+OTHER_KINDS = [("r", 0), ("lora_dropout", 2.0), ("peft_type", "IA3"), ("use_rslora", True), ("use_dora", True)]
+OTHER_KINDS += [("bias", "all"), ("fan_in_fan_out", True), ("modules_to_save", ["lm_head"])]
+OTHER_KINDS += [("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4})]
+
+
+@pytest.mark.parametrize("key, value", OTHER_KINDS)
+def test_another_kind_of_adapter(adapter, key, value):
     plain, folder = adapter
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
     assert_refused(plain, folder, "adapter_config.json")
 
 
-def test_tensors_that_do_not_fit(adapter):
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("q_proj.lora_A.weight", (2, 31)),
+        ("q_proj.lora_A.weight", (3, 32)),
+        ("q_proj.lora_A.weight", None),
+        ("q_proj.lora_A.bias", (2,)),
+        ("nothing.lora_A.weight", (2, 32)),
+        ("k_proj.multiway.0.lora_A.weight", (2, 32)),
+    ],
+)
+def test_tensors_that_do_not_fit(adapter, name, shape):
+    """shape: of a tensor that is added or replaced; None: it is removed."""
     plain, folder = adapter
     path = folder / "adapter_model.safetensors"
-    good = load_file(path)
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    for changes, words in [
-        ({key: torch.zeros(2, 31)}, (key, "[2, 31]", "[2, 32]")),
-        ({key: torch.zeros(3, 32)}, (key, "[3, 32]", "[2, 32]")),
-        ({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32)}, ("layers.9",)),
-        ({"model.layers.0.self_attn.k_proj.multiway.0.lora_A.weight": torch.zeros(2, 32)}, ("k_proj",)),
-        ({key.replace("lora_A.weight", "lora_A.bias"): torch.zeros(2)}, ("lora_A.bias",)),
-        ({key.replace("lora_A", "lora_C"): torch.zeros(2)}, ("lora_C",)),
-    ]:
-        save_file(good | changes, path)
-        assert_refused(plain, folder, "adapter_model.safetensors", *words)
-    save_file({other: tensor for other, tensor in good.items() if other != key}, path)
-    assert_refused(plain, folder, "adapter_model.safetensors", "layers.0.self_attn.q_proj")
+    key = f"base_model.model.model.layers.0.self_attn.{name}"
+    tensors = load_file(path)
+    tensors.pop(key, None)
+    save_file(tensors if shape is None else tensors | {key: torch.zeros(shape)}, path)
+    assert_refused(plain, folder, path.name, name.partition(".lora_")[0])
     save_file({}, path)
-    assert_refused(plain, folder, "adapter_model.safetensors")
+    assert_refused(plain, folder, path.name)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.98])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_truncated_files(adapter, name, share, zipped):
+def test_truncated_files(adapter):
     plain, folder = adapter
     path = folder / "adapter_model.safetensors"
-    if name.endswith(".bin"):
-        tensors = load_file(path)
-        path.unlink()
-        path = folder / name
-        torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    assert_refused(plain, folder, name)
-
-
-@pytest.mark.parametrize("content", [[1], {"a": 1}, {3: torch.zeros(2)}, 3])
-def test_pickles_of_other_things(adapter, content):
-    plain, folder = adapter
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(content, folder / "adapter_model.bin")
-    assert_refused(plain, folder, "adapter_model.bin")
+    path.write_bytes(path.read_bytes()[:-3])
+    assert_refused(plain, folder, path.name)
 
 
 def test_a_malicious_pickle_is_not_executed(adapter, tmp_path):
-    import os
-
     class Evil:
         def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil-was-here"),)
+            return os.mkdir, (str(tmp_path / "created"),)
 
     plain, folder = adapter
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
     assert_refused(plain, folder, "adapter_model.bin")
-    assert not (tmp_path / "evil-was-here").exists()
+    assert not (tmp_path / "created").exists()
 
 
-def test_loading_over_an_adapter_is_refused(adapter):
-    """A model has one adapter; a second one is not stacked on it in silence."""
+def test_a_second_adapter_is_refused(adapter):
+    """It would replace the first one: neither inject_lora nor load_lora adds one."""
     plain, folder = adapter
-    lora.load(plain, folder, official("owl2"))
+    load_lora(plain, folder)
     before = snapshot(plain)
     with pytest.raises(ValueError):
-        lora.load(plain, folder, official("owl2"))
-    after = snapshot(plain)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+        load_lora(plain, folder)
+    with pytest.raises(ValueError):
+        lora.inject_lora(plain, ("q_proj",), rank=2, alpha=4)
+    assert same(snapshot(plain), before)

@@ -1,35 +1,33 @@
-"""However a run is spread over processes, and however it saves memory: the same mathematics.
+"""Training on several processes or with less memory is the same mathematics as training on one.
 
-Both owls in all stages, sharded and copied, are compared with one process that trains on the same batches. The data
-gives the ranks different things to do: images or none, many supervised tokens or few.
+Both variants in all stages, sharded (fsdp) and replicated (ddp), are compared with one process that trains on the same
+batches. The ranks get different work: images or none, many or few supervised tokens.
 """
 
-import contextlib
+import ctypes
+import functools
 import json
 import math
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import llama
-import model as model_module
 import train
 from conftest import GOLDEN, ROOT
 from data.conversations import collate
 from model import Owl
-from parallel import Place, choose_fsdp, n_trained
+from runs import free_ports, in_processes
 from test_train import (
     QUICK,
-    STYLES,
     assert_same_weights,
     losses_of,
     mixed,
@@ -43,145 +41,82 @@ from test_train import (
     weights_of,
     write_rows,
 )
-from weights import load_model, save_model
+from training import parallel
+from training.distributed import Dist
+from training.parallel import choose_fsdp, n_trained
+from training.presets import PRESETS, init_weights
+from weights import save_model
 
 __all__ = ["mixed", "one_thread", "start"]  # fixtures
 
-STEPS = 20
+STEPS = 4
 CONFIGURATIONS = {
     "owl1-stage1": ("train_stage1", "owl1", "--crop-scale", 0.5),
     "owl2-stage1": ("train_stage1", "owl2", "--crop-scale", 0.5),
     "owl1-full": ("train_stage2", "owl1", "--lora-rank", 0),
-    "owl2-full": ("train_stage2", "owl2"),
+    "owl2-full": ("train_stage2", "owl2", "--val-every", STEPS // 2),
     "owl1-lora": ("train_stage2", "owl1", "--lora-dropout", 0),
     "owl2-lora": ("train_stage2", "owl2", "--lora-rank", 4, "--lora-dropout", 0),
+    "owl2-bf16": ("train_stage1", "owl2", "--crop-scale", 0.5, "--precision", "bf16"),
 }
-# What is run on two processes at one go; the last group only where there is time for it.
-GROUPS = {
-    "fsdp": ("fsdp", list(CONFIGURATIONS)),
-    "ddp": ("ddp", ["owl1-stage1", "owl2-full", "owl1-lora"]),
-    "ddp-rest": ("ddp", ["owl2-stage1", "owl1-full", "owl2-lora"]),
-}
-
-# Runs several stages one after the other, which saves starting Python for each. Each rank notes what its model looks
-# like as the first step is taken; or, where no step is to be taken, what memory it takes to get the weights.
-DRIVER = f"""
-import importlib, json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, torch.distributed as dist
-from torch.distributed.tensor import DTensor
-import launch, train
-
-def note(name, content):
-    with open(name + "." + os.environ["RANK"], "w") as file:
-        json.dump(content, file)
-
-def look(run):
-    found = {{}}
-    for name, p in run.model.named_parameters():
-        local = p.to_local() if isinstance(p, DTensor) else p
-        mesh = list(p.device_mesh.shape) if isinstance(p, DTensor) else None
-        moments = [run.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq") if p.requires_grad]
-        found[name] = [[str(x.dtype) for x in [p, *moments]], p.requires_grad, mesh, local.numel(), p.numel()]
-    return found
-
-seen = set()
-take_step = train.take_step
-def watched_step(run, model, micros, n_supervised):
-    if run.args.out not in seen:
-        seen.add(run.args.out)
-        note(run.args.out, look(run))
-    return take_step(run, model, micros, n_supervised)
-train.take_step = watched_step
-
-def memory():
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-fill = launch.fill
-def watched_fill(model, tensors, device, part):
-    def watched_part(tensor, place):
-        mine = part(tensor, place)
-        while_filling.append(memory())
-        return mine
-    while_filling.append(memory())
-    fill(model, tensors, device, watched_part)
-    while_filling.append(memory())
-launch.fill = watched_fill
-
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-for stage, flags, only_prepare, port in json.load(open(sys.argv[1])):
-    os.environ["MASTER_PORT"] = str(port)  # a new meeting place for each: nothing of the last one's is found there
-    sys.argv = [stage + ".py", *flags]
-    module = importlib.import_module(stage)
-    while_filling = []
-    if only_prepare:
-        module.train = lambda run, finish: note(run.args.out, [while_filling, look(run)])
-    module.main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-"""
+# Two processes run all of QUICK_JOBS, one after the other, and two others SLOW_JOBS.
+QUICK_JOBS = [*(("fsdp", name) for name in CONFIGURATIONS)]
+QUICK_JOBS += [("ddp", "owl1-stage1"), ("ddp", "owl2-full"), ("ddp", "owl2-bf16")]
+SLOW_JOBS = [("ddp", "owl2-stage1"), ("ddp", "owl1-full"), ("ddp", "owl2-lora")]
 
 
-def start_processes(folder: Path, jobs: list, n: int = 2, n_local: int | None = None) -> list[subprocess.Popen]:
-    """Starts n processes for the jobs: by torchrun or, for several "nodes" of n_local processes, by hand."""
-    folder.mkdir(exist_ok=True)
-    (folder / "driver.py").write_text(DRIVER)
-    ports = free_ports(len(jobs))
-    jobs = [(stage, list(map(str, flags)), only, port) for (stage, flags, only), port in zip(jobs, ports)]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [str(folder / "driver.py"), str(folder / "jobs.json")]
-    if n_local is None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        return [start_process(torchrun + command, folder / "err-0")]
-    places = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n_local, "MASTER_ADDR": "127.0.0.1"}
-    processes = []
-    for rank in range(n):
-        places |= {"RANK": rank, "LOCAL_RANK": rank % n_local}
-        processes.append(start_process([sys.executable, *command], folder / f"err-{rank}", **places))
-    return processes
+# ----------------------------------------------------------------------------------------------------
+# Observing a run
 
 
-def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on at the moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
+def observe(stage: str, *flags: object) -> dict[str, dict]:
+    """Runs a stage. Returns what this process has of each parameter in the first step, by name."""
+    observed = {}
+    models = []
+    wrap_ddp = train.wrap_ddp
 
+    def remember_model(model, *arguments):
+        models.append(model)
+        return wrap_ddp(model, *arguments)
 
-def start_process(command: list[str], err: Path, **environment: object) -> subprocess.Popen:
-    """A process in a session of its own. What it says goes to a file, since no one may be there to read a pipe."""
-    # The threshold makes glibc give back at once what a tensor took, where by default it keeps memory for later: a
-    # process's memory is then what its tensors take.
-    usual = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
-    environment = {**os.environ, **usual, **{name: str(value) for name, value in environment.items()}}
-    with err.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    def after_step(optimizer, *_):
+        for name, p in models[0].named_parameters():
+            if name in observed:
+                assert str(p.dtype) == observed[name]["dtype"]
+                continue
+            observed[name] = {"trained": p.requires_grad, "dtype": str(p.dtype), "size": p.numel()}
+            observed[name]["mesh"] = list(p.device_mesh.shape) if isinstance(p, DTensor) else None
+            observed[name]["local size"] = (p.to_local() if isinstance(p, DTensor) else p).numel()
+            if p.requires_grad:
+                trained = (p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])
+                observed[name]["gradient and moments"] = [str(tensor.dtype) for tensor in trained]
 
-
-def finish_processes(folder: Path, processes: list[subprocess.Popen]) -> str:
-    """Waits for all, and returns what they said. One that fails takes the others with it."""
-    late = time.monotonic() + 240
+    hook = register_optimizer_step_post_hook(after_step)
+    train.wrap_ddp = remember_model
     try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < late:
-            if any(process.poll() for process in processes):
-                break
-            time.sleep(0.05)
+        run_stage(stage, *flags)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    said = "".join(path.read_text() for path in sorted(folder.glob("err-*")))
-    assert [process.returncode for process in processes] == [0] * len(processes), said[-5000:]
-    return said
+        train.wrap_ddp = wrap_ddp
+        hook.remove()
+    return observed
 
 
-def notes(out: Path, n: int = 2) -> list:
-    """What each rank noted about a run."""
+def observe_all(jobs: list[tuple[int, Path, tuple]]) -> None:
+    """Runs (port, out, (stage, *flags)) jobs, and writes what this process observes into OUT.RANK."""
+    for port, out, job in jobs:
+        os.environ["MASTER_PORT"] = str(port)  # a new one for each, on which nothing of the last one is left
+        observed = observe(*job, "--out", out)
+        Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(observed))
+
+
+def observations(out: Path, n: int = 2) -> list[dict[str, dict]]:
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(n)]
+
+
+def run_in_processes(n: int, folder: Path, jobs: dict[str, tuple], n_local: int | None = None) -> str:
+    """Runs the jobs, stage and flags by name, in n processes, each into folder/name. Returns their stderr."""
+    jobs = [(port, folder / name, job) for port, (name, job) in zip(free_ports(len(jobs)), jobs.items())]
+    return "".join(in_processes(n, folder, observe_all, jobs, n_local=n_local))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -190,245 +125,275 @@ def notes(out: Path, n: int = 2) -> list:
 
 @pytest.fixture(scope="module")
 def command(start, mixed):
-    """command(name) -> (stage, flags but --out, --batch and --micro) of a configuration."""
+    """command(name) -> (stage, *flags) of a configuration, without --out, --batch and --micro."""
 
-    def flags(name: str) -> tuple:
-        stage, style, *more = CONFIGURATIONS[name]
-        data = ("--weights", start(style), "--data", mixed, "--val", mixed)
-        return stage, (*data, "--steps", STEPS, "--val-every", 10, *QUICK, *more)
+    def make(name: str) -> tuple:
+        stage, variant, *more = CONFIGURATIONS[name]
+        data = ("--weights", start(variant), "--data", mixed, "--val", mixed)
+        return stage, *data, "--steps", STEPS, "--val-every", STEPS, *QUICK, *more
 
-    return flags
+    return make
 
 
 @pytest.fixture(scope="module")
 def single(command, tmp_path_factory):
-    """single(name, batch) -> the folder of a configuration's run on this one process."""
-    runs = {}
+    """single(name, batch=4) -> the folder of a configuration's run on one process."""
 
+    @functools.cache
     def run(name: str, batch: int = 4) -> Path:
-        if (name, batch) not in runs:
-            torch.set_num_threads(1)
-            stage, flags = command(name)
-            out = tmp_path_factory.mktemp("single") / name
-            run_stage(stage, *flags, "--batch", batch, "--micro", 2, "--out", out)
-            runs[name, batch] = out
-        return runs[name, batch]
+        torch.set_num_threads(1)
+        out = tmp_path_factory.mktemp("single") / name
+        run_stage(*command(name), "--batch", batch, "--micro", 2, "--out", out)
+        return out
 
     return run
 
 
 @pytest.fixture(scope="module")
-def middling(tmp_path_factory):
-    """(flags, bytes of its float32 weights) of a model large enough to be seen in a process's memory."""
-    folder = tmp_path_factory.mktemp("middling")
-    config = model_module.PRESETS["mid-owl2"]()
-    config.llama.vocab_size = 2000
-    torch.manual_seed(0)
-    owl = Owl(config).init_weights().bfloat16()
-    owl.tokenizer_folder = GOLDEN / "text"
-    save_model(owl, folder / "model")
-    data = write_rows(folder / "text.json", [{"conversations": talk("a", "b")}] * 2)
-    flags = ("--weights", folder / "model", "--data", data, "--batch", 2, "--micro", 1, "--image-size", 0)
-    return flags, sum(4 * p.numel() for p in owl.parameters())
+def double(command, tmp_path_factory):
+    """double(kind, name) -> the folder of the job's run on two processes, and what its group of jobs prints."""
 
+    @functools.cache
+    def run_group(is_slow: bool) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp("double")
+        jobs = {}
+        for kind, name in SLOW_JOBS if is_slow else QUICK_JOBS:
+            jobs[f"{kind}-{name}"] = (*command(name), "--parallel", kind, "--batch", 4, "--micro", 1)
+        return folder, run_in_processes(2, folder, jobs)
 
-@pytest.fixture(scope="module")
-def double(command, single, middling, tmp_path_factory):
-    """double(group) -> the folder with the group's runs on two processes, by name, and what was said."""
-    done = {}
-
-    def run(group: str) -> tuple[Path, str]:
-        if group not in done:
-            folder = tmp_path_factory.mktemp("double")
-            parallel, names = GROUPS[group]
-            jobs = []
-            for name in names:
-                stage, flags = command(name)
-                more = ("--parallel", parallel, "--batch", 4, "--micro", 1, "--out", folder / name)
-                jobs.append((stage, (*flags, *more), False))
-            if group != "ddp-rest":
-                stage, flags = command("owl2-stage1")
-                flags = (*flags, "--parallel", parallel, "--batch", 4, "--micro", 1)
-                jobs.append((stage, (*flags, "--precision", "bf16", "--out", folder / "bf16"), False))
-                flags = (*middling[0], "--parallel", parallel, "--out", folder / "middling")
-                jobs.append(("train_stage2", flags, True))
-            processes = start_processes(folder, jobs)
-            for name in names:  # meanwhile
-                single(name)
-            done[group] = folder, finish_processes(folder, processes)
-        return done[group]
+    def run(kind: str, name: str) -> tuple[Path, str]:
+        folder, stderr = run_group((kind, name) in SLOW_JOBS)
+        return folder / f"{kind}-{name}", stderr
 
     return run
 
 
-def test_the_ranks_have_different_things_to_do(mixed):
-    """Text only beside images, in every combination; also in the last micro-batch, and unequal numbers of tokens."""
+def test_the_ranks_get_different_work(mixed):
+    """Images on one rank only, none in the last micro-batch, and unequal numbers of supervised tokens."""
     data = source(mixed, "owl2")
-    ranks = [order_of(mixed, 4, 1, STEPS, rank, 2) for rank in range(2)]
-    one_rank_text = last_micro_text_only = one_has_image = unequal = unequal_images = 0
-    for step in range(STEPS):
-        keys = [rank[2 * step : 2 * step + 2] for rank in ranks]
-        mine = [[collate([data[seed, index] for seed, _, index in group]) for group in rank] for rank in keys]
-        seen = [[batch.n_image > 0 for batch in batches] for batches in mine]
-        one_rank_text += any(seen[0]) != any(seen[1])
-        last_micro_text_only += (any(seen[0]) or any(seen[1])) and not seen[0][-1] and not seen[1][-1]
-        one_has_image += sum(a != b for a, b in zip(*seen))
-        counts = [sum(batch.n_supervised for batch in batches) for batches in mine]
-        unequal += counts[0] != counts[1]
-        unequal_images += sum(b.n_image for b in mine[0]) != sum(b.n_image for b in mine[1])
-    assert one_rank_text >= 2 and last_micro_text_only >= 1 and one_has_image >= STEPS // 4
-    assert unequal >= STEPS // 2 and unequal_images >= 3
+    batches = [
+        [collate([data[seed, index] for seed, _, index in keys]) for keys in order_of(mixed, 4, 1, STEPS, rank, 2)]
+        for rank in range(2)
+    ]
+    steps = [[rank[2 * step : 2 * step + 2] for rank in batches] for step in range(STEPS)]
+    has_image = [[[batch.n_image > 0 for batch in rank] for rank in step] for step in steps]
+    assert sum(any(a) != any(b) for a, b in has_image) >= 1
+    assert sum((any(a) or any(b)) and not a[-1] and not b[-1] for a, b in has_image) >= 1
+    n_supervised = [[sum(batch.n_supervised for batch in rank) for rank in step] for step in steps]
+    assert sum(a != b for a, b in n_supervised) >= STEPS // 2
 
 
 def assert_same_mathematics(one: Path, many: Path) -> None:
-    """Losses and validation losses to 1e-5, gradient norms to 1e-4 of themselves, the model to 1e-4."""
-    a, b = timeless(one), timeless(many)
-    assert len(a) == len(b) == STEPS + 2
-    for x, y in zip(a, b):
-        assert x.keys() == y.keys() and x["step"] == y["step"]
+    """Losses and validation losses to 1e-5, gradient norms to 1e-4 relative, weights to 1e-4."""
+    for a, b in zip(timeless(one), timeless(many), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
         for name, tolerance in (("loss", {"abs": 1e-5}), ("val_loss", {"abs": 1e-5}), ("norm", {"rel": 1e-4})):
-            if name in x:
-                assert x[name] == pytest.approx(y[name], **tolerance), (name, x["step"])
+            if name in a:
+                assert a[name] == pytest.approx(b[name], **tolerance), (name, a["step"])
     assert len(set(losses_of(one))) == STEPS
-    before, after = weights_of(one), weights_of(many)
-    assert before.keys() == after.keys()
-    for key in before:
-        assert before[key].dtype == after[key].dtype
-        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-4, msg=lambda text: f"{key}: {text}")
-    loaded, expected = load_model(many).state_dict(), load_model(one).state_dict()
-    for key in expected:
-        torch.testing.assert_close(loaded[key], expected[key], rtol=0, atol=1e-4)
+    assert_close_weights(weights_of(one), weights_of(many), atol=1e-4)
     assert (one / "adapter").exists() == (many / "adapter").exists()
 
 
+def assert_close_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol, msg=lambda text: f"{key}: {text}")
+
+
 @pytest.mark.parametrize(
-    "group, name",
-    [
-        pytest.param(group, name, marks=[pytest.mark.slow] if group == "ddp-rest" else [])
-        for group, (_, names) in GROUPS.items()
-        for name in names
-    ],
+    "kind, name",
+    [job for job in QUICK_JOBS if job[1] != "owl2-bf16"]
+    + [pytest.param(*job, marks=pytest.mark.slow) for job in SLOW_JOBS],
 )
-def test_two_processes_train_as_one_does(single, double, group, name):
-    folder, said = double(group)
-    assert_same_mathematics(single(name), folder / name)
-    assert said.count(f"the model is in {folder / name}\n") == 1  # the first process alone writes and speaks
+def test_two_processes_train_like_one(single, double, kind, name):
+    folder, stderr = double(kind, name)
+    assert_same_mathematics(single(name), folder)
+    assert stderr.count(f"the model is in {folder}\n") == 1  # only rank 0 writes and prints
+    assert_placement(observations(folder), kind)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_sharded_means_that_each_process_holds_its_part(double, name):
-    """Together all of it, none more than a little over half; frozen weights too."""
-    folder, _ = double("fsdp")
-    ranks = notes(folder / name)
-    for parameters in zip(*(rank.items() for rank in ranks)):
-        (key, (_, _, mesh, local, n)), (_, (_, _, _, other, _)) = parameters
-        assert mesh == [2], key
-        assert local + other == n, key
-    held = [sum(local for _, _, _, local, _ in rank.values()) for rank in ranks]
-    assert max(held) < 0.55 * sum(held)
+def assert_placement(ranks: list[dict[str, dict]], kind: str) -> None:
+    """ddp replicates every weight. fsdp shards all, frozen ones too; no rank has more than a little over half."""
+    for name, first in ranks[0].items():
+        sizes = [rank[name]["local size"] for rank in ranks]
+        assert all(rank[name]["mesh"] == ([2] if kind == "fsdp" else None) for rank in ranks), name
+        assert sum(sizes) == first["size"] if kind == "fsdp" else sizes == [first["size"]] * 2, name
+    totals = [sum(p["local size"] for p in rank.values()) for rank in ranks]
+    assert max(totals) < 0.55 * sum(totals)
 
 
-def test_copied_means_that_each_process_holds_all(double):
-    folder, _ = double("ddp")
-    for rank in notes(folder / "owl2-full"):
-        assert all(mesh is None and local == n for _, _, mesh, local, n in rank.values())
+def test_torchrun_trains_like_one_process(command, single, tmp_path):
+    stage, *flags = command("owl1-lora")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags += ["--parallel", "ddp", "--batch", 4, "--micro", 1, "--out", tmp_path / "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, f"{stage}.py", *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_mathematics(single("owl1-lora"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_bfloat16_on_two_processes_is_close_to_float32(single, double, parallel):
-    """Losses to 2 %. What is trained, and both moments of it, stays float32; what is frozen is bfloat16."""
-    folder, _ = double(parallel)
-    full, half = losses_of(single("owl2-stage1")), losses_of(folder / "bf16")
-    assert half != full
-    assert half == pytest.approx(full, rel=0.02)
-    for rank in notes(folder / "bf16"):
-        kinds = {trained: {tuple(kinds) for kinds, t, *_ in rank.values() if t == trained} for trained in (True, False)}
-        assert kinds == {True: {("torch.float32",) * 3}, False: {("torch.bfloat16",)}}
-    for key, tensor in weights_of(folder / "bf16").items():
+def assert_dtypes(observed: dict[str, dict], low: torch.dtype) -> None:
+    """Trained weights, their gradients and moments are float32; frozen weights are `low`."""
+    for name, p in observed.items():
+        if p["trained"]:
+            assert {p["dtype"], *p["gradient and moments"]} == {"torch.float32"}, name
+        else:
+            assert p["dtype"] == str(low), name
+    assert {p["trained"] for p in observed.values()} == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_bfloat16_on_two_processes_is_close_to_float32(single, double, kind):
+    """Losses to 2 %."""
+    folder, _ = double(kind, "owl2-bf16")
+    losses, expected = losses_of(folder), losses_of(single("owl2-stage1"))
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=0.02)
+    for rank in observations(folder):
+        assert_dtypes(rank, torch.bfloat16)
+    assert_placement(observations(folder), kind)
+    for key, tensor in weights_of(folder).items():
         assert tensor.isfinite().all(), key
         assert tensor.dtype == (torch.float32 if key.endswith("_pos_embed") else torch.bfloat16), key
 
 
-def test_no_process_of_a_sharded_run_ever_holds_the_whole_model(double, middling):
-    """Memory as the weights are read, tensor by tensor: about half of all; where the model is copied, all of it."""
-    _, size = middling
-    assert size > 150e6
-    for parallel, least, most in (("fsdp", 0.45, 0.6), ("ddp", 0.95, 1.2)):
-        folder, _ = double(parallel)
-        for memory, parameters in notes(folder / "middling"):
-            held = sum(4 * local for *_, local, _ in parameters.values())
-            assert held == pytest.approx(size if parallel == "ddp" else size / 2, rel=0.01)
-            assert len(memory) > 200
-            assert least * size < max(memory) - memory[0] < most * size, parallel
+def test_two_nodes_of_two_processes_train_like_one(command, single, tmp_path):
+    """Each node has the whole model in two shards: a gradient is reduced within the nodes, then between them."""
+    job = (*command("owl2-full"), "--parallel", "fsdp", "--batch", 8, "--micro", 1)
+    run_in_processes(4, tmp_path, {"out": job}, n_local=2)
+    assert_same_mathematics(single("owl2-full", batch=8), tmp_path / "out")
+    ranks = observations(tmp_path / "out", n=4)
+    for key, first in ranks[0].items():
+        assert all(rank[key]["mesh"] == [2, 2] for rank in ranks)
+        sizes = [rank[key]["local size"] for rank in ranks]
+        assert sizes[:2] == sizes[2:] and sum(sizes[:2]) == first["size"]
 
 
 # ----------------------------------------------------------------------------------------------------
-# Nodes
+# Memory
 
 
-def test_two_nodes_of_two_processes_train_as_one_process_does(command, single, tmp_path):
-    """Each node holds the whole model, cut in two: a gradient is first divided within a node, then added across."""
-    stage, flags = command("owl2-full")
-    flags = (*flags, "--parallel", "fsdp", "--batch", 8, "--micro", 1, "--out", tmp_path / "out")
-    processes = start_processes(tmp_path / "run", [(stage, flags, False)], n=4, n_local=2)
-    one = single("owl2-full", batch=8)
-    finish_processes(tmp_path / "run", processes)
-    assert_same_mathematics(one, tmp_path / "out")
-    ranks = notes(tmp_path / "out", n=4)
-    for key in ranks[0]:
-        assert all(rank[key][2] == [2, 2] for rank in ranks)
-        n = ranks[0][key][4]
-        assert [rank[key][3] for rank in ranks[:2]] == [rank[key][3] for rank in ranks[2:]]
-        assert ranks[0][key][3] + ranks[1][key][3] == n
+class Loaded(Exception):
+    """Raised when the weights are loaded, to end a run."""
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+
+def measure_loading(jobs: list[tuple[int, Path, tuple]]) -> None:
+    """Writes [resident memory as each tensor is loaded, bytes of this process's weights] of each job into OUT.RANK."""
+    ctypes.CDLL(None).mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD: glibc returns freed tensors to the system at once
+    memory = []
+    shard_like = parallel.shard_like
+
+    def watched_shard_like(tensor, target):
+        memory.append(resident_bytes())
+        shard = shard_like(tensor, target)
+        memory.append(resident_bytes())
+        return shard
+
+    def end_run(model, *_):
+        shards = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        raise Loaded(sum(p.nbytes for p in shards))
+
+    parallel.shard_like = watched_shard_like
+    train.wrap_ddp = end_run
+    for port, out, job in jobs:
+        os.environ["MASTER_PORT"] = str(port)
+        memory.clear()
+        with pytest.raises(Loaded) as loaded:
+            run_stage(*job, "--out", out)
+        Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps([memory, loaded.value.args[0]]))
+        del loaded
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and needs glibc")
+def test_no_process_of_a_sharded_run_ever_has_the_whole_model(tmp_path):
+    """While the weights are loaded, fsdp needs about half of their memory, ddp all of it."""
+    config = PRESETS["mid-owl2"]()
+    config.llama.vocab_size = 2000
+    model = init_weights(Owl(config)).bfloat16()
+    model.tokenizer_folder = GOLDEN / "text"
+    save_model(model, tmp_path / "model")
+    size = sum(4 * p.numel() for p in model.parameters())
+    data = write_rows(tmp_path / "text.json", [{"conversations": talk("a", "b")}] * 2)
+    flags = ("--weights", tmp_path / "model", "--data", data, "--batch", 2, "--micro", 1, "--image-size", 0)
+    jobs = []
+    for port, kind in zip(free_ports(2), ("fsdp", "ddp")):
+        jobs.append((port, tmp_path / kind, ("train_stage2", *flags, "--parallel", kind)))
+    in_processes(2, tmp_path, measure_loading, jobs)
+    for kind, expected, at_least, at_most in (("fsdp", size / 2, 0.45, 0.6), ("ddp", size, 0.95, 1.2)):
+        for memory, n_byte in observations(tmp_path / kind):
+            assert n_byte == pytest.approx(expected, rel=0.01)
+            assert len(memory) > 200
+            assert at_least * size < max(memory) - memory[0] < at_most * size, kind
 
 
 # ----------------------------------------------------------------------------------------------------
 # On one process
 
 
-def short(start, style: str, mixed: Path, *more: object, dropout: float = 0.0) -> tuple:
-    data = ("--weights", start(style, dropout), "--data", mixed, "--val", mixed)
-    return (*data, "--steps", 5, "--batch", 4, "--micro", 2, *QUICK, *more)
+@pytest.fixture(scope="module")
+def short_job(start, mixed):
+    """short_job(stage, variant, *flags, dropout=0.0) -> (stage, *flags) of a run of 3 steps, without --out."""
+
+    def make(stage: str, variant: str, *flags: object, dropout: float = 0.0) -> tuple:
+        data = ("--weights", start(variant, dropout), "--data", mixed, "--val", mixed)
+        return stage, *data, "--steps", 3, "--batch", 4, "--micro", 2, *QUICK, *flags
+
+    return make
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("stage", ["train_stage1", "train_stage2"])
-def test_sharding_over_one_process_changes_nothing(start, tmp_path, mixed, stage, style):
-    """Without torchrun: the way in which a single GPU trains a model of billions."""
-    flags = short(start, style, mixed)
-    run_stage(stage, *flags, "--out", tmp_path / "plain")
-    run_stage(stage, *flags, "--parallel", "fsdp", "--out", tmp_path / "sharded")
-    plain, sharded = timeless(tmp_path / "plain"), timeless(tmp_path / "sharded")
-    assert len(plain) == len(sharded) == 6
-    for a, b in zip(plain, sharded):
+@pytest.fixture(scope="module")
+def short_run(short_job, tmp_path_factory):
+    """short_run(stage, variant, *flags) -> the folder of a run of 3 steps."""
+
+    @functools.cache
+    def run(*job: object) -> Path:
+        out = tmp_path_factory.mktemp("short") / "out"
+        run_stage(*short_job(*job), "--out", out)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("stage, variant", [("train_stage1", "owl2"), ("train_stage2", "owl1")])
+def test_sharding_over_one_process_changes_nothing(short_run, stage, variant):
+    """Without torchrun, as on a single GPU."""
+    plain, sharded = short_run(stage, variant), short_run(stage, variant, "--parallel", "fsdp")
+    for a, b in zip(timeless(plain), timeless(sharded), strict=True):
         assert a == pytest.approx(b, rel=1e-6)
-    before, after = weights_of(tmp_path / "plain"), weights_of(tmp_path / "sharded")
-    for key in before:
-        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-6)
-    assert not torch.distributed.is_initialized()  # it leaves no trace behind
+    assert_close_weights(weights_of(plain), weights_of(sharded), atol=1e-6)
+    assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("stage", ["train_stage1", "train_stage2"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_recomputed_activations_change_nothing(start, tmp_path, mixed, monkeypatch, stage, style, parallel):
-    """With dropout too, which is drawn the same way again. The language model's MLPs really run twice."""
+@pytest.mark.parametrize("stage, variant, kind", [("train_stage1", "owl2", "fsdp"), ("train_stage2", "owl1", "ddp")])
+def test_activation_checkpointing_changes_nothing(short_job, tmp_path, mixed, monkeypatch, stage, variant, kind):
+    """With dropout too, which samples the same mask again. The decoder's MLPs run twice."""
     calls = []
     forward = llama.MLP.forward
     monkeypatch.setattr(llama.MLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or forward(self, x))
-    flags = (*short(start, style, mixed, "--parallel", parallel, dropout=0.1), "--log-every", 1)
-    flags += ("--lora-dropout", 0.2) if stage == "train_stage2" else ()
+    job = short_job(stage, variant, "--parallel", kind, dropout=0.1)
+    job += ("--lora-dropout", 0.2) if stage == "train_stage2" else ()
     n_calls = {}
     for choice in ("--no-recompute", "--recompute"):
         calls.clear()
-        run_stage(stage, *flags, choice, "--out", tmp_path / choice)
-        n_calls[choice] = sum(calls)  # less those of the validation
+        run_stage(*job, choice, "--out", tmp_path / choice)
+        n_calls[choice] = sum(calls)  # without those of the validation
     assert timeless(tmp_path / "--recompute") == timeless(tmp_path / "--no-recompute")
     assert_same_weights(weights_of(tmp_path / "--recompute"), weights_of(tmp_path / "--no-recompute"))
-    text_only = sum(not has_images(mixed, keys) for keys in order_of(mixed, 4, 2, 5)) if stage == "train_stage1" else 0
-    # A batch of text meets nothing that is trained in stage 1, so nothing goes back through it.
-    assert n_calls["--recompute"] == 2 * n_calls["--no-recompute"] - 2 * text_only
-    assert n_calls["--no-recompute"] == 2 * 10
+    # In stage 1 a micro-batch of text has no trained parameter, so it has no backward pass. The decoder has 2 layers.
+    is_stage1 = stage == "train_stage1"
+    n_text_only = sum(not has_images(mixed, keys) for keys in order_of(mixed, 4, 2, 3)) if is_stage1 else 0
+    assert n_calls["--no-recompute"] == 2 * 6
+    assert n_calls["--recompute"] == 2 * n_calls["--no-recompute"] - 2 * n_text_only
 
 
 def has_images(path: Path, keys: list) -> bool:
@@ -436,89 +401,64 @@ def has_images(path: Path, keys: list) -> bool:
     return any(len(data[key[0], key[2]].images) for key in keys)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("style", STYLES)
-def test_bfloat16_on_one_process_keeps_trained_weights_exact(start, tmp_path, mixed, monkeypatch, parallel, style):
-    """Losses to 2 %; dtypes as they should be before and after a step, gradients among them; products in bfloat16."""
+@pytest.mark.parametrize("variant, kind", [("owl1", "ddp"), ("owl2", "fsdp")])
+def test_bfloat16_on_one_process_keeps_trained_weights_in_float32(
+    short_job, short_run, tmp_path, monkeypatch, variant, kind
+):
+    """Losses to 2 %; matrix products are in bfloat16."""
+    expected = losses_of(short_run("train_stage1", variant, "--parallel", kind))
     products = []
     forward = llama.MLP.forward
 
-    def watched(self, x):
+    def watched_forward(self, x):
         y = forward(self, x)
         products.append(y.dtype)
         return y
 
-    take_step = train.take_step
-    kinds = []
-
-    def watched_step(run, model, micros, n_supervised):
-        hooks = []
-        for p in run.model.parameters():
-            if p.requires_grad:
-                see = lambda p: kinds.append(("gradient", p.grad.dtype))  # noqa: E731
-                hooks.append(p.register_post_accumulate_grad_hook(see))
-        result = take_step(run, model, micros, n_supervised)
-        for hook in hooks:
-            hook.remove()
-        for parameter in run.model.parameters():
-            kinds.append(("trained" if parameter.requires_grad else "frozen", parameter.dtype))
-        kinds.extend(("moment", run.optimizer.state[p]["exp_avg"].dtype) for p in run.optimizer.state)
-        return result
-
-    monkeypatch.setattr(llama.MLP, "forward", watched)
-    monkeypatch.setattr(train, "take_step", watched_step)
-    flags = short(start, style, mixed, "--parallel", parallel)
-    losses = {}
-    for precision in ("fp32", "bf16"):
-        products.clear()
-        kinds.clear()
-        run_stage("train_stage1", *flags, "--precision", precision, "--out", tmp_path / precision)
-        losses[precision] = losses_of(tmp_path / precision)
-        low = torch.bfloat16 if precision == "bf16" else torch.float32
-        assert set(products) == {low}
-        expected = {("trained", torch.float32), ("frozen", low), ("moment", torch.float32), ("gradient", torch.float32)}
-        assert set(kinds) == expected
-    assert losses["bf16"] != losses["fp32"]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    monkeypatch.setattr(llama.MLP, "forward", watched_forward)
+    job = short_job("train_stage1", variant, "--parallel", kind, "--precision", "bf16")
+    assert_dtypes(observe(*job, "--out", tmp_path / "out"), torch.bfloat16)
+    assert set(products) == {torch.bfloat16}
+    losses = losses_of(tmp_path / "out")
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=0.02)
 
 
-def test_what_is_sharded_if_nobody_says():
-    """On several GPUs, where more than a billion parameters are trained; never on a CPU. Asked for, it is as asked."""
+def test_choose_fsdp():
+    """By default on several GPUs where more than a billion parameters are trained; else as requested."""
     with torch.device("meta"):
         large = torch.nn.Linear(40_000, 40_000)
         small = torch.nn.Linear(40, 40)
-    cpu = Place(0, 2, torch.device("cpu"), torch.float32)
-    gpu = Place(0, 2, torch.device("cuda"), torch.bfloat16)
+    cpu = Dist(0, 2, torch.device("cpu"), torch.float32)
+    gpu = Dist(0, 2, torch.device("cuda"), torch.bfloat16)
     assert n_trained(large) > 10**9
     assert choose_fsdp(None, large, gpu)
     assert not choose_fsdp(None, small, gpu) and not choose_fsdp(None, large, cpu)
-    assert not choose_fsdp(None, large, Place(0, 1, torch.device("cuda"), torch.bfloat16))
+    assert not choose_fsdp(None, large, Dist(0, 1, torch.device("cuda"), torch.bfloat16))
     large.requires_grad_(False)
     assert not choose_fsdp(None, large, gpu)  # LoRA on a 7B
-    for place in (cpu, gpu):
-        assert choose_fsdp("fsdp", small, place) and not choose_fsdp("ddp", large, place)
+    for dist in (cpu, gpu):
+        assert choose_fsdp("fsdp", small, dist) and not choose_fsdp("ddp", large, dist)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile on a CPU needs a C compiler")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("stage, style", [("train_stage1", "owl2"), ("train_stage2", "owl1")])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("stage, variant", [("train_stage1", "owl2"), ("train_stage2", "owl1")])
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def test_compiled_blocks_compute_the_same(start, tmp_path, mixed, stage, style, parallel):
-    """In every step, for rows of all lengths and with recomputation; and compiled they are, to the last step."""
+def test_compiled_blocks_compute_the_same(short_job, tmp_path, stage, variant, kind):
+    """Rows of all lengths, with activation checkpointing too; no step falls back to eager."""
     torch._dynamo.reset()
-    flags = short(start, style, mixed, "--parallel", parallel)
-    flags += ("--lora-dropout", 0) if stage == "train_stage2" else ()
-    run_stage(stage, *flags, "--out", tmp_path / "eager")
+    job = short_job(stage, variant, "--parallel", kind)
+    job += ("--lora-dropout", 0) if stage == "train_stage2" else ()
+    run_stage(*job, "--out", tmp_path / "eager")
     torch._dynamo.utils.counters.clear()
-    run_stage(stage, *flags, "--compile", "--out", tmp_path / "compiled")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # of the ViT, the abstractor, the decoder
+    run_stage(*job, "--compile", "--out", tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # ViT, abstractor, decoder
     torch._dynamo.reset()
-    run_stage(stage, *flags, "--compile", "--recompute", "--out", tmp_path / "both")
+    run_stage(*job, "--compile", "--recompute", "--out", tmp_path / "both")
     for other in ("compiled", "both"):
         for a, b in zip(timeless(tmp_path / "eager"), timeless(tmp_path / other), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
-        before, after = weights_of(tmp_path / "eager"), weights_of(tmp_path / other)
-        for key in before:
-            torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-4)
+        assert_close_weights(weights_of(tmp_path / "eager"), weights_of(tmp_path / other), atol=1e-4)
     assert math.isfinite(sum(losses_of(tmp_path / "both")))

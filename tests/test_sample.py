@@ -1,521 +1,357 @@
-"""sample.py as a person types it: right and wrong questions, strange images, chats, Ctrl-C."""
+"""sample.py from the command line: questions, user errors, chats, Ctrl-C."""
 
+import io
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import lora
 import sample
-from data.image import FITS, load_image, to_pixels
+from conftest import GOLDEN, ROOT
+from data.image import load_image, to_pixels
 from data.text import Tokenizer, expand_images, render_prompt
-from model import PRESETS, Owl
-from weights import load_model, official_name, save_model
+from generate import Sampling, generate
+from inference import fast_decode
+from inference.adapter import save_lora
+from inference.chat import ChatSession, Conversation, stream_text
+from inference.loading import select_dtype
+from model import Owl
+from training.presets import PRESETS, init_weights
+from weights import load_model, save_model
 
-ROOT = Path(__file__).parent.parent
-TEXT = Path(__file__).parent / "golden" / "text"
+TEXT = GOLDEN / "text"
 WIDE = TEXT / "images" / "syn_l_190x120.png"
 TALL = TEXT / "images" / "syn_rgba_150x200.png"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as tiny as these are slower with more, much slower on a busy machine."""
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_thread)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A model folder of each style, with random weights that never say </s>."""
+    """A model folder of each variant, with random weights that never generate </s>."""
     folders = {}
-    for style in ("owl1", "owl2"):
+    for variant in ("owl1", "owl2"):
         torch.manual_seed(0)
-        config = PRESETS[f"tiny-{style}"]()
+        config = PRESETS[f"tiny-{variant}"]()
         config.llama.vocab_size = 2000
-        config.llama.context = 3000  # an answer long enough to be interrupted
-        model = Owl(config).init_weights()
+        config.llama.context = 3000  # so that an answer is long enough to be interrupted
+        model = init_weights(Owl(config))
         model.llama.lm_head.weight.data[config.llama.eos_id] = 0
-        folders[style] = tmp_path_factory.mktemp(style)
-        save_model(model, folders[style])
-        shutil.copy(TEXT / "tokenizer.model", folders[style])
+        folders[variant] = tmp_path_factory.mktemp(variant)
+        save_model(model, folders[variant])
+        shutil.copy(TEXT / "tokenizer.model", folders[variant])
     return folders
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    """One thread there as well."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def typed(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), input=stdin, capture_output=True, text=True, timeout=120, env=environment(), cwd="/"
-    )
-
-
-def expect_sentence(code: int, stdout: str, stderr: str, words: str) -> None:
-    assert code == 2
-    assert stdout == ""
-    assert stderr.startswith("sample.py: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
-    assert words in stderr
-
-
-def refused(capsys, words: str, *arguments: object) -> None:
-    """The command ends with code 2 and one sentence, which has these words in it."""
-    with pytest.raises(SystemExit) as leaving:
+def run_sample(capsys, *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of sample.py in this process."""
+    code = 0
+    try:
         sample.main([str(argument) for argument in arguments])
-    expect_sentence(leaving.value.code, *capsys.readouterr(), words)
+    except SystemExit as ended:
+        code = ended.code
+    return code, *capsys.readouterr()
 
 
-def answered(capsys, *arguments: object) -> tuple[str, str]:
-    sample.main([str(argument) for argument in arguments])
-    return capsys.readouterr()
+def assert_user_error(result: tuple[int, str, str], keyword: str) -> None:
+    """A user error is exit code 2 and one line."""
+    code, stdout, stderr = result
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and keyword in stderr, stderr
 
 
 def expected_answer(model: Owl, messages: list[str | None], images: list[Path], fit: str, n: int) -> str:
-    """The greedy answer, put together without sample.py."""
+    """The greedy answer, computed without sample.py."""
     tokenizer = Tokenizer(TEXT)
-    ids = render_prompt(messages, tokenizer, model.config.style)
-    ids, _ = expand_images(ids, None, model.config.image_words)
+    ids = render_prompt(messages, tokenizer, model.config.variant)
+    ids, _ = expand_images(ids, None, model.config.n_visual_tokens)
     pixels = [to_pixels(load_image(path), model.config.image_size, fit) for path in images]
-    steps = model.generate(torch.tensor([ids]), torch.stack(pixels) if pixels else None, max_new_tokens=n)
-    return tokenizer.decode([int(step) for step in steps])
+    tokens = generate(model, torch.tensor([ids]), torch.stack(pixels) if pixels else None, max_new_tokens=n)
+    return tokenizer.decode([int(token) for token in tokens])
 
 
-# --- questions ---------------------------------------------------------------------------------------
+def make_session(folder: Path, n: int) -> ChatSession:
+    model = load_model(folder)
+    conversation, cache = Conversation(model.config, Tokenizer(TEXT), "square"), model.llama.make_cache(1, 3000)
+    return ChatSession(
+        model, conversation, partial(generate, model), sampling=Sampling(), max_new_tokens=n, cache=cache
+    )
 
 
-def test_one_question_as_typed(folders):
-    flags = ("--weights", folders["owl2"], "--image", WIDE, "--max-new-tokens", 12, "--device", "cpu")
-    result = typed(*flags, "--prompt", "What is this?")
-    assert result.returncode == 0
-    model = load_model(folders["owl2"])
-    expected = expected_answer(model, ["<image>What is this?", None], [WIDE], "square", 12)
-    assert result.stdout == expected + "\n"
-    assert result.stderr == f"{folders['owl2']} on cpu in float32\n"
+@pytest.mark.parametrize("variant, fit", [("owl1", "stretch"), ("owl2", "square")])
+def test_answers_are_those_of_the_model(folders, capsys, variant, fit):
+    weights = ("--weights", folders[variant], "--max-new-tokens", 8, "--device", "cpu")
+    model = load_model(folders[variant])
+    text_only = expected_answer(model, ["Hello </s> there", None], [], fit, 8)
+    code, stdout, stderr = run_sample(capsys, *weights, "--prompt", "Hello </s> there")
+    assert (code, stdout, stderr.count("\n")) == (0, text_only + "\n", 1) and "cpu in float32" in stderr
 
+    # The placeholder stands for the first image; the second image has none and comes before the text.
+    images = ("--image", TALL, "--image", WIDE)
+    expected = expected_answer(model, ["<image>Is <image> red?", None], [WIDE, TALL], fit, 8)
+    assert run_sample(capsys, *weights, *images, "--prompt", "Is <|image|> red?")[1] == expected + "\n"
 
-def test_answers_are_the_models_own(folders, capsys):
-    for style, fit in (("owl1", "stretch"), ("owl2", "square")):
-        weights = ("--weights", folders[style], "--max-new-tokens", 8, "--device", "cpu")
-        model = load_model(folders[style])
-
-        text_only = expected_answer(model, ["Hello </s> there", None], [], fit, 8)
-        assert answered(capsys, *weights, "--prompt", "Hello </s> there")[0] == text_only + "\n"
-
-        # The mark takes the first image; the second is left over, and comes first.
-        images = ("--image", TALL, "--image", WIDE)
-        placed = expected_answer(model, ["<image>Is <image> red?", None], [WIDE, TALL], fit, 8)
-        assert answered(capsys, *weights, *images, "--prompt", "Is <|image|> red?")[0] == placed + "\n"
-
-        padded = expected_answer(model, ["<image>What?", None], [WIDE], "pad", 8)
-        assert answered(capsys, *weights, "--image", WIDE, "--fit", "pad", "--prompt", "What?")[0] == padded + "\n"
-
-
-def test_embedded_model_is_announced(folders, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "TINY", folders["owl2"])
-    stdout, stderr = answered(capsys, "--prompt", "What?", "--max-new-tokens", 2, "--top-k", 5)
-    assert stdout.count("\n") == 1
-    assert "easy-VQA" in stderr and "MAGAer13/mplug-owl2-llama2-7b" in stderr
-    assert "--top-p change nothing" in stderr
+    padded = expected_answer(model, ["<image>What?", None], [WIDE], "pad", 8)
+    assert run_sample(capsys, *weights, "--image", WIDE, "--fit", "pad", "--prompt", "What?")[1] == padded + "\n"
 
 
 def test_seeds(folders, capsys):
-    flags = ("--weights", folders["owl2"], "--prompt", "Why?", "--max-new-tokens", 12, "--temperature", 1)
-    flags += ("--top-k", 50, "--top-p", 0.9)
-    answers = [answered(capsys, *flags, "--seed", seed)[0] for seed in (1, 1, 2)]
-    assert answers[0] == answers[1]
-    assert answers[0] != answers[2]
+    flags = f"--weights {folders['owl2']} --prompt Why? --max-new-tokens 12 --temperature 1 --top-k 50 --top-p 0.9"
+    answers = [run_sample(capsys, *flags.split(), "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_adapter(folders, tmp_path, capsys):
     model = load_model(folders["owl2"])
-    lora.wrap(model, ("q_proj", "v_proj.multiway.0"), rank=4, alpha=8)
+    plain = expected_answer(model, ["What?", None], [], "square", 8)
+    lora.inject_lora(model, ("q_proj", "v_proj.multiway.0"), rank=4, alpha=8)
     torch.manual_seed(1)
-    for _, module in lora.adapted(model):
+    for _, module in lora.lora_modules(model):
         torch.nn.init.normal_(module.lora_B.weight)
-    lora.save(model, tmp_path, official=lambda name: official_name(name, "owl2"))
-    lora.merge(model)
-    flags = ("--weights", folders["owl2"], "--prompt", "What?", "--max-new-tokens", 8, "--device", "cpu")
-    adapted = answered(capsys, *flags, "--adapter", tmp_path)[0]
-    assert adapted == expected_answer(model, ["What?", None], [], "square", 8) + "\n"
-    assert adapted != answered(capsys, *flags)[0]
-    refused(capsys, "no Linear of the model takes", *flags[2:], "--weights", folders["owl1"], "--adapter", tmp_path)
+    save_lora(model, tmp_path)
+    lora.merge_lora(model)
+    flags = ("--prompt", "What?", "--max-new-tokens", 8, "--device", "cpu", "--adapter", tmp_path, "--weights")
+    answer = run_sample(capsys, *flags, folders["owl2"])[1]
+    assert answer == expected_answer(model, ["What?", None], [], "square", 8) + "\n" != plain + "\n"
+    assert "bits" in run_sample(capsys, *flags, folders["owl2"], "--quantize", "int4")[2]
+    assert_user_error(run_sample(capsys, *flags, folders["owl1"]), "adapter")
 
 
-def test_device_and_dtype(folders, capsys, monkeypatch):
+def test_dtype(folders, capsys, monkeypatch):
     flags = ("--weights", folders["owl2"], "--prompt", "What?", "--max-new-tokens", 2)
-    assert "cpu in bfloat16" in answered(capsys, *flags, "--device", "cpu", "--dtype", "bfloat16")[1]
+    assert "cpu in bfloat16" in run_sample(capsys, *flags, "--device", "cpu", "--dtype", "bfloat16")[2]
     if torch.cuda.is_available():
-        assert "cuda:0 in bfloat16" in answered(capsys, *flags)[1]
+        assert "cuda:0 in bfloat16" in run_sample(capsys, *flags)[2]
 
-    config = PRESETS["tiny-owl2"]()
-    assert sample.pick_dtype("auto", torch.device("mps"), config, False) == torch.bfloat16
-    assert sample.pick_dtype("auto", torch.device("cpu"), config, False) == torch.float32
-    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a machine of a million bytes
-    assert sample.pick_dtype("auto", torch.device("cpu"), config, False) == torch.bfloat16
-    assert sample.pick_dtype("float32", torch.device("cpu"), config, False) == torch.float32
-    assert sample.pick_dtype("auto", torch.device("cpu"), config, True) == torch.bfloat16
+    config, cpu = PRESETS["tiny-owl2"](), torch.device("cpu")
+    assert select_dtype("auto", torch.device("mps"), config, False) == torch.bfloat16
+    assert select_dtype("auto", cpu, config, True) == torch.bfloat16
+    assert select_dtype("auto", cpu, config, False) == torch.float32
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a machine with a million bytes of memory
+    assert select_dtype("auto", cpu, config, False) == torch.bfloat16
+    assert select_dtype("float32", cpu, config, False) == torch.float32
 
 
-def test_stream():
+def test_compile_happens_once_before_the_first_answer(folders, capsys, monkeypatch):
+    """With a step that only records what is printed before each call, since compiling takes a minute."""
+    printed = []
+
+    def step(*arguments: object) -> None:
+        printed.append(capsys.readouterr().out)
+        fast_decode.decode_step(*arguments)
+
+    def broken_step(*arguments: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nsecond line")
+
+    flags = ("--weights", folders["owl2"], "--prompt", "What?", "--max-new-tokens", 4, "--device", "cpu")
+    plain = run_sample(capsys, *flags)[1]
+    monkeypatch.setattr(fast_decode, "compile_step", lambda: step)
+    last = run_sample(capsys, *flags, "--compile")[1]
+    assert printed[0] == "" and len(printed) == 1 + 3  # one step to compile, three for the answer
+    assert "".join(printed) + last == plain
+
+    monkeypatch.setattr(fast_decode, "compile_step", lambda: broken_step)
+    code, _, stderr = run_sample(capsys, *flags, "--compile")
+    assert code == 2 and "no compiler" in stderr
+
+
+def test_text_is_streamed():
     tokenizer = Tokenizer(TEXT)
-    for seed in range(200):
-        generator = random.Random(seed)  # half of the tokens are single bytes, and seldom make characters
+    for seed in range(50):
+        generator = random.Random(seed)  # half of the tokens are single bytes, which seldom form characters
         ids = [generator.choice((generator.randrange(3, 259), generator.randrange(2000))) for _ in range(40)]
-        said = []
-        assert "".join(sample.stream(iter(ids), tokenizer, said)) == tokenizer.decode(ids)
-        assert said == ids
+        seen = []
+        assert "".join(stream_text(iter(ids), tokenizer, seen)) == tokenizer.decode(ids)
+        assert seen == ids
 
     text = "An owl 🦉 says  ツ\nand 日本語."
-    pieces = list(sample.stream(iter(tokenizer.encode(text)), tokenizer, []))
-    assert "".join(pieces) == text
-    assert "🦉" in "".join(pieces[: len(pieces) // 2])  # it did not wait for the end
-    assert not any("\ufffd" in piece for piece in pieces)
+    parts = list(stream_text(iter(tokenizer.encode(text)), tokenizer, []))
+    assert "".join(parts) == text
+    assert "🦉" in "".join(parts[: len(parts) // 2])  # it did not wait for the end
+    assert not any("\ufffd" in part for part in parts)
 
 
-# --- the conversation --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("style", ["owl1", "owl2"])
-def test_a_next_turn_reads_only_what_is_new(folders, capsys, monkeypatch, style):
-    """And answers as if it had read it all; an image is encoded once."""
-    model = load_model(folders[style])
-    conversation = sample.Conversation(model.config, Tokenizer(TEXT), "square")
-    args = sample.parse(["--max-new-tokens", "6"])
-    read, encoded = [], []
-    model.llama.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
-    model.vit.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
-    messages: list[str | None] = []
-    n_before = 0
-    for turn, question in enumerate(("What is it?", "And this?", "Why?", "Sure?")):
-        images = [WIDE] if turn < 2 else []
-        for image in images:
-            conversation.show(image)
-        ids = conversation.ask(question)
-        read.clear()
+@pytest.mark.parametrize("variant", ["owl1", "owl2"])
+def test_a_turn_processes_only_new_tokens(folders, variant):
+    """And its answer equals the one of a new session; an image is encoded once."""
+    session = make_session(folders[variant], 6)
+    conversation = session.conversation
+    processed, encoded = [], []
+    session.model.llama.register_forward_hook(lambda _, inputs, __: processed.append(inputs[0].shape[1]))
+    session.model.vit.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    history, shown, n_cached = [], [], 0
+    for question, image in (("What is it?", [WIDE]), ("And this?", [WIDE]), ("Why?", [])):
+        for path in image:
+            conversation.add_image(path)
+        shown += image
+        history += ["<image>" * len(image) + question, None]
+        conversation.ask(question)
+        n_prompt = len(conversation.prompt_ids)
+        processed.clear()
         encoded.clear()
-        sample.answer(model, conversation, ids, args)
-        text = capsys.readouterr().out.removesuffix("\n")
-        assert encoded == [1] * len(images)
-        assert read[0] <= len(ids) - n_before and set(read[1:]) <= {1}
-        n_before = len(ids) - 1  # at least the question has been read
-        assert conversation.read[: len(ids)] == ids
-        messages += ["<image>" * len(images) + question, None]
-        shown = [WIDE] * min(turn + 1, 2)
-        assert text == expected_answer(load_model(folders[style]), messages, shown, "square", 6)
-        messages[-1] = conversation.messages[-1]
+        history[-1] = "".join(session.answer())
+        assert history[-1] == expected_answer(load_model(folders[variant]), [*history[:-1], None], shown, "square", 6)
+        assert encoded == [1] * len(image)
+        assert processed[0] <= n_prompt - n_cached and set(processed[1:]) <= {1}
+        n_cached = n_prompt - 1  # at least the question is in the cache
+
+    # After /reset nothing of the cache is used, even for an equal prompt with another image.
+    session.run_command("/reset")
+    conversation.add_image(TALL)
+    conversation.ask("What is it?")
+    expected = expected_answer(load_model(folders[variant]), ["<image>What is it?", None], [TALL], "square", 6)
+    assert "".join(session.answer()) == expected
 
 
-def test_conversation():
-    config = PRESETS["tiny-owl2"]()
+def test_text_of_a_conversation_is_literal():
     tokenizer = Tokenizer(TEXT)
-    conversation = sample.Conversation(config, tokenizer, "square")
-    conversation.show(WIDE)
-    with pytest.raises(ValueError, match="marks"):
-        conversation.ask("<image> <|image|>")
-    assert conversation.messages == [] and len(conversation.waiting) == 1
-
-    ids = conversation.ask("What </s> <s> is \udcff this?")
+    conversation = Conversation(PRESETS["tiny-owl2"](), tokenizer, "square")
+    conversation.add_image(WIDE)
+    conversation.ask("What </s> <s> is \udcff this?")
+    ids = conversation.prompt_ids
     assert ids.count(tokenizer.eos_id) == 0 and ids.count(tokenizer.bos_id) == 1
-    assert [image.shape for image in conversation.images] == [(3, 64, 64)]
-    conversation.answered("an <image> of it")  # the model's mark asks for no image
+    conversation.set_answer("an <image> of it")  # a placeholder that the model generated stands for no image
     conversation.ask("And now?")
     assert len(conversation.images) == 1
     assert conversation.messages == ["<image>What </s> <s> is ? this?", "an   of it", "And now?", ""]
-    with pytest.raises(ValueError, match="/reset"):
-        conversation.ask("more " * 1000)
-    assert len(conversation.messages) == 4
 
 
-def test_strange_images(folders, tmp_path, capsys):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me right": the camera was held upright
-    image.save(tmp_path / "rotated.png", exif=exif)
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    image.convert("P").save(tmp_path / "transparent.png", transparency=3)
-    image.convert("RGBA").save(tmp_path / "rgba.webp", lossless=True)
-    image.convert("1").save(tmp_path / "black and white.png")
-    Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "16bit.png")
-    image.save(tmp_path / "animated.gif", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
-
-    config = PRESETS["tiny-owl2"]()
-    conversation = sample.Conversation(config, Tokenizer(TEXT), "square")
-    conversation.show(tmp_path / "rotated.png")
-    upright = to_pixels(image.transpose(Image.Transpose.ROTATE_270), 64, "square")
-    assert torch.equal(conversation.waiting[0], upright)
-
-    flags = ["--weights", folders["owl2"], "--prompt", "What?", "--max-new-tokens", 2]
-    for path in tmp_path.iterdir():
-        flags += ["--image", path]
-    stdout, stderr = answered(capsys, *flags)
-    assert stdout.count("\n") == 1 and stderr.count("\n") == 1
+def test_help_does_not_import_torch():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "sample.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "torch" not in result.stderr
+    assert "--temperature 0.7" in result.stdout and "/reset" in result.stdout
 
 
-# --- mistakes ----------------------------------------------------------------------------------------
+def test_missing_packages_are_named():
+    """As with a Python outside the environment; -S hides the installed packages."""
+    command = [sys.executable, "-S", str(ROOT / "sample.py"), "--prompt", "What?"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert_user_error((result.returncode, result.stdout, result.stderr), "source .venv/bin/activate")
 
 
-def test_help_and_wrong_arguments_do_not_wait_for_torch():
-    help_page = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "sample.py"), "--help"], capture_output=True, text=True
-    )
-    assert help_page.returncode == 0
-    assert "torch" not in help_page.stderr
-    assert "--temperature 0.7" in help_page.stdout and "/reset" in help_page.stdout
-
-    wrong = [
-        ("--prompt", ""),
-        ("--prompt", "  \n"),
-        ("--prompt",),
-        ("--promt", "a"),
-        ("a.jpg",),
-        ("--fit", "round"),
-        ("--device", "tpu"),
-        ("--dtype", "int8"),
-        ("--temperature", "-1"),
-        ("--temperature", "nan"),
-        ("--temperature", "hot"),
-        ("--top-k", "0"),
-        ("--top-k", "1.5"),
-        ("--top-p", "0"),
-        ("--top-p", "1.1"),
-        ("--seed", "-1"),
-        ("--seed", str(2**64)),
-        ("--max-new-tokens", "0"),
-    ]
-    for arguments in wrong:
-        start = time.monotonic()
-        result = typed(*arguments)
-        expect_sentence(result.returncode, result.stdout, result.stderr, "see --help")
-        assert time.monotonic() - start < 20
-    for fit in FITS:
-        assert sample.parse(["--fit", fit]).fit == fit
+INVALID = ["--prompt=", "--prompt", "--promt=a", "a.jpg", "--fit=round", "--device=tpu", "--dtype=int8", "--top-k=0"]
+INVALID += ["--temperature=-1", "--temperature=nan", "--top-p=0", "--top-p=1.1", "--seed=-1", f"--seed={2**64}"]
 
 
-def test_wrong_files(folders, tmp_path, capsys):
-    good = folders["owl2"]
-    ask = ("--prompt", "What?", "--max-new-tokens", 2)
-
-    def copy(name: str) -> Path:
-        return Path(shutil.copytree(good, tmp_path / name))
-
-    refused(capsys, "there is no folder", *ask, "--weights", tmp_path / "nowhere")
-    refused(capsys, "config.json", *ask, "--weights", tmp_path)
-
-    unknown = copy("unknown")
-    (unknown / "config.json").write_text('{"model_type": "bert"}')
-    refused(capsys, "bert", *ask, "--weights", unknown)
-
-    truncated = copy("truncated")
-    shard = truncated / "model-00001-of-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:100_000])
-    refused(capsys, "corrupt", *ask, "--weights", truncated)
-    shard.unlink()
-    refused(capsys, "is missing", *ask, "--weights", truncated)
-
-    wordless = copy("wordless")
-    (wordless / "tokenizer.model").write_bytes(b"not a tokenizer")
-    refused(capsys, "not a SentencePiece model", *ask, "--weights", wordless)
-    (wordless / "tokenizer.model").unlink()
-    refused(capsys, "no tokenizer", *ask, "--weights", wordless)
-
-    small = copy("small")
-    config = small / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size": 2000', '"vocab_size": 512'))
-    refused(capsys, "2000 tokens, more than the model's 512", *ask, "--weights", small)
-
-    adapter = tmp_path / "adapter"
-    refused(capsys, "is not an adapter", *ask, "--weights", good, "--adapter", adapter)
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"junk")
-    refused(capsys, "corrupt", *ask, "--weights", good, "--adapter", adapter)
+@pytest.mark.parametrize("flag", [*INVALID, "--max-new-tokens=0"])
+def test_invalid_flags(capsys, flag):
+    assert_user_error(run_sample(capsys, flag), flag.split("=")[0].strip("-").split("-")[0])
 
 
-def test_wrong_images_and_prompts(folders, tmp_path, capsys):
-    ask = ("--weights", folders["owl2"], "--prompt", "What?")
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(WIDE.read_bytes()[:1000])
-    Image.new("1", (11_000, 11_000)).save(tmp_path / "huge.png")
-    Image.new("1", (60_000, 1)).save(tmp_path / "line.png")
-    (tmp_path / "text.jpg").write_text("hello")
-    for name in ("missing.jpg", "broken.png", "huge.png", "text.jpg", "."):
-        refused(capsys, "Cannot read the image", *ask, "--image", tmp_path / name)
-    refused(capsys, "too long", *ask, "--image", tmp_path / "line.png")
-
-    few = ("--weights", folders["owl2"], "--image", WIDE)
-    refused(capsys, "more than its images", *few, "--prompt", "<image> and <|image|>?")
-    refused(capsys, "at most 3000", *few, "--prompt", "long " * 4000)
-    refused(capsys, "no device", *ask, "--device", "cuda:99")
-
-
-def test_wrong_as_typed(folders, tmp_path):
-    broken = Path(shutil.copytree(folders["owl1"], tmp_path / "broken"))
-    (broken / "model-00001-of-00001.safetensors").write_bytes(b"\0" * 1000)
-    result = typed("--weights", broken, "--prompt", "What?")
-    expect_sentence(result.returncode, result.stdout, result.stderr, "corrupt")
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", b'{"model_type": "bert"}'),
+        ("model-00001-of-00001.safetensors", b"\0" * 1000),
+        ("tokenizer.model", b"not a tokenizer"),
+        ("tokenizer.model", None),
+        ("adapter_model.safetensors", b"junk"),
+    ],
+)
+def test_missing_and_damaged_files(folders, tmp_path, capsys, name, content):
+    folder = Path(shutil.copytree(folders["owl2"], tmp_path / "model"))
+    flags = ("--prompt", "What?", "--weights", folder)
+    if name.startswith("adapter"):
+        flags += ("--adapter", folder)
+        (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert_user_error(run_sample(capsys, *flags), name)
 
 
-def test_a_bug_is_not_taken_for_a_mistake(folders, monkeypatch):
-    def generate(*arguments: object, **options: object):
-        raise ValueError("a bug")
+def test_unusable_inputs(folders, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(WIDE.read_bytes()[:1000])
+    folder = shutil.copytree(folders["owl2"], tmp_path / "model")
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(content.replace('"vocab_size": 2000', '"vocab_size": 512'))
+    cases = {
+        "nowhere": ("--weights", tmp_path / "nowhere"),
+        "2000 tokens": ("--weights", folder),
+        "no-adapter": ("--adapter", tmp_path / "no-adapter"),
+        "missing.jpg": ("--image", tmp_path / "missing.jpg"),
+        "broken.png": ("--image", tmp_path / "broken.png"),
+        "placeholders": ("--image", WIDE, "--prompt", "<image> and <|image|>?"),
+        "context": ("--prompt", "long " * 4000),
+        "cuda:99": ("--device", "cuda:99"),
+    }
+    for keyword, flags in cases.items():
+        assert_user_error(run_sample(capsys, "--weights", folders["owl2"], "--prompt", "What?", *flags), keyword)
 
-    monkeypatch.setattr(Owl, "generate", generate)
-    with pytest.raises(ValueError, match="a bug"):
+
+def test_bugs_keep_their_traceback(folders, monkeypatch):
+    monkeypatch.setattr(ChatSession, "answer", lambda session: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         sample.main(["--weights", str(folders["owl2"]), "--prompt", "What?"])
 
 
-# --- the chat ----------------------------------------------------------------------------------------
-
-
-def test_chat_through_a_pipe(folders):
-    lines = [
-        "/image nowhere.png",
-        "What is this?",
-        "",
-        f"/image '{TALL}'",
-        "And <image> now?",
-        "too long " * 3000,
-        "<image>?",
-        "/jump",
-        "/help",
-        "/reset",
-        "Hello",
-        "/quit",
-        "never asked",
-    ]
+def test_chat_in_a_pipe(folders, capsys, monkeypatch):
+    lines = ["/image nowhere.png", "What is this?", "", f"/image '{TALL}'", "And <image> now?", "too long " * 3000]
+    lines += ["<image>?", "/jump\x1b[2J", "/help", "/reset", "Hello", "/quit", "never asked"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     flags = ("--weights", folders["owl1"], "--image", WIDE, "--max-new-tokens", 8, "--device", "cpu")
-    result = typed(*flags, stdin="\n".join(lines))
-    assert result.returncode == 0
+    code, stdout, stderr = run_sample(capsys, *flags)
 
     model = load_model(folders["owl1"])
     first = expected_answer(model, ["<image>What is this?", None], [WIDE], "stretch", 8)
     history = ["<image>What is this?", first, "And <image> now?", None]
     second = expected_answer(model, history, [WIDE, TALL], "stretch", 8)
     third = expected_answer(model, ["Hello", None], [], "stretch", 8)
-    assert result.stdout == f"{first}\n{second}\n{third}\n"
+    assert code == 0 and stdout == f"{first}\n{second}\n{third}\n"
 
-    notices = result.stderr.splitlines()
-    assert len(notices) == 9  # device, greeting, and one for each line that is no question
-    for number, words in enumerate(("on cpu", "/image PATH", "nowhere.png", "next question", "/reset starts afresh")):
-        assert words in notices[number]
-    for number, words in enumerate(("more than its images", "no command /jump", "/image PATH", "forgotten"), start=5):
-        assert words in notices[number]
+    # One line for the settings, one for the start, and one for each input line that is not a question.
+    keywords = ("on cpu", "/image PATH", "nowhere.png", "next question", "/reset", "placeholders", "/jump\\x1b")
+    for line, keyword in zip(stderr.splitlines(), keywords + ("/image PATH", "forgotten"), strict=True):
+        assert keyword in line
 
 
-def test_ctrl_c_stops_one_question(folders):
-    flags = ("--weights", folders["owl2"], "--prompt", "Tell me all.", "--max-new-tokens", 3000)
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-    start = os.read(process.stdout.fileno(), 1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert start + stdout.strip()
-    assert b"Traceback" not in stderr
+def test_ctrl_c_and_a_closed_pipe_end_an_answer(folders):
+    command = [sys.executable, ROOT / "sample.py", "--weights", folders["owl2"], "--prompt", "Tell me all."]
+    command += ["--max-new-tokens", "3000"]
+    interrupted, unread = (subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2))
+    first = os.read(interrupted.stdout.fileno(), 1)
+    interrupted.send_signal(signal.SIGINT)
+    stdout, stderr = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130
+    assert first + stdout.strip() and b"Traceback" not in stderr
+
+    os.read(unread.stdout.fileno(), 1)
+    unread.stdout.close()
+    assert b"Error" not in unread.stderr.read()
+    assert unread.wait(timeout=60) == 1
 
 
-def test_ctrl_c_in_a_chat_at_a_terminal(folders):
-    pty = pytest.importorskip("pty")
-    import fcntl
-    import termios
+def test_ctrl_c_in_a_chat(folders, capsys, monkeypatch):
+    """It stops an answer, and the conversation keeps the text generated so far. Pressed twice, it ends the chat."""
+    lines = iter(["Tell me all.", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt, "never asked"])
+    printed = []
 
-    keyboard, terminal = pty.openpty()
-    process = subprocess.Popen(
-        command("--weights", folders["owl2"], "--max-new-tokens", 3000, "--device", "cpu"),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that the terminal's Ctrl-C goes to it
-        env=environment(),
-    )
-    os.close(terminal)
-    screen = b""
+    def read(prompt: str) -> str:
+        if (line := next(lines)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
 
-    def wait_for(words: bytes) -> bytes:
-        """Reads on until these words are on the screen, and returns what stood before them."""
-        nonlocal screen
-        while words not in screen:
-            screen += os.read(keyboard, 4096)
-        before, screen = screen.split(words, 1)
-        return before
+    def interrupted_print(*values: object, **options: object) -> None:
+        printed.extend(values)
+        if len(printed) == 5:
+            raise KeyboardInterrupt
 
-    def wait_for_answer() -> None:
-        nonlocal screen
-        while len(screen) < 20:
-            screen += os.read(keyboard, 4096)
+    session = make_session(folders["owl2"], 50)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sample, "print", interrupted_print, raising=False)
+    sample.chat(session)
+    stderr = capsys.readouterr().err
+    assert next(lines) == "never asked" and "(stopped)" in stderr and stderr.count("once more") == 2
 
-    def press(keys: bytes) -> None:
-        os.write(keyboard, keys)
-
-    def give_up(*_: object) -> None:
-        process.kill()
-        raise TimeoutError(f"on the screen is {screen!r}")
-
-    old_handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(90)
-    try:
-        wait_for(b"> ")
-        press(b"Tell me all.\n")
-        wait_for(b"Tell me all.")
-        wait_for_answer()
-        press(b"\x03")
-        answer = wait_for(b"(stopped)")
-        assert len(answer) < 15_000  # it would have gone on
-        wait_for(b"> ")
-        press(b"And more?\n")
-        wait_for(b"And more?")
-        wait_for_answer()
-        press(b"\x03")
-        wait_for(b"(stopped)")
-        wait_for(b"> ")
-        time.sleep(1)  # between showing its prompt and listening to the keyboard, readline is deaf for a moment
-        press(b"\x03")
-        wait_for(b"(once more to leave)")
-        wait_for(b"> ")
-        time.sleep(1)
-        press(b"\x03")
-        assert process.wait(timeout=30) == 0
-        assert b"Traceback" not in screen
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old_handler)
-        process.kill()
-        os.close(keyboard)
-
-
-def test_an_interrupted_answer_stays_in_the_conversation(folders, capsys):
-    model = load_model(folders["owl2"])
-    conversation = sample.Conversation(model.config, Tokenizer(TEXT), "square")
-    args = sample.parse(["--max-new-tokens", "50"])
-    ids = conversation.ask("Tell me all.")
-
-    def interrupted_steps(*arguments: object, **options: object):
-        for number, step in enumerate(Owl.generate(model, *arguments, **options)):
-            if number == 5:
-                raise KeyboardInterrupt
-            yield step
-
-    model.generate = interrupted_steps
-    with pytest.raises(KeyboardInterrupt):
-        sample.answer(model, conversation, ids, args)
-    partial = capsys.readouterr().out.removesuffix("\n")
-    assert conversation.messages == ["Tell me all.", partial]
-    assert partial == expected_answer(load_model(folders["owl2"]), ["Tell me all.", None], [], "square", 5)
+    assert session.conversation.messages == ["Tell me all.", "".join(printed)]
+    assert session.cached_ids == (session.conversation.prompt_ids + session.answer_ids)[: len(session.cached_ids)]
+    n = len(session.answer_ids)
+    expected = expected_answer(load_model(folders["owl2"]), ["Tell me all.", None], [], "square", n)
+    assert session.conversation.messages[1] == expected.rstrip("\ufffd") and 5 <= n < 50
