@@ -1,7 +1,8 @@
-# make demo    ask the embedded model about a picture
-# make test    the tests (under five minutes on two cores); make test-slow: those marked slow as well
-# make tiny    train the embedded model anew, into runs/tiny-owl2/stage2 (half an hour on two cores)
-# make tiny-owl1    the same for its Owl1 sister: LoRA and the abstractor in stage 2
+# make demo         ask the model in checkpoints/tiny-owl2 about an image
+# make test         run the tests, except those marked slow (under five minutes on two cores)
+# make test-slow    run all tests
+# make tiny         train checkpoints/tiny-owl2 again, into runs/tiny-owl2/stage2 (half an hour on two cores)
+# make tiny-owl1    train checkpoints/tiny-owl1 again; stage 2 trains LoRA and the abstractor
 
 PYTHON := .venv/bin/python
 DATA := data/easy_vqa
@@ -20,7 +21,7 @@ test-slow: .venv/dev
 
 tiny: .venv/dev
 	$(PYTHON) $(DATA)/prepare.py
-	$(PYTHON) train_stage0.py --preset tiny-owl2 --tokenizer $(DATA)/tokenizer.model --out $(TINY)/stage0 \
+	$(PYTHON) -m tools.train_language --preset tiny-owl2 --tokenizer $(DATA)/tokenizer.model --out $(TINY)/stage0 \
 	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS)
 	$(PYTHON) train_stage1.py --weights $(TINY)/stage0 --out $(TINY)/stage1 \
 	    --data $(DATA)/captions.json --val $(DATA)/captions_val.json $(TINY_FLAGS) \
@@ -34,7 +35,7 @@ tiny: .venv/dev
 
 tiny-owl1: .venv/dev
 	$(PYTHON) $(DATA)/prepare.py
-	$(PYTHON) train_stage0.py --preset tiny-owl1 --tokenizer $(DATA)/tokenizer.model --out $(TINY1)/stage0 \
+	$(PYTHON) -m tools.train_language --preset tiny-owl1 --tokenizer $(DATA)/tokenizer.model --out $(TINY1)/stage0 \
 	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS)
 	$(PYTHON) train_stage1.py --weights $(TINY1)/stage0 --out $(TINY1)/stage1 \
 	    --data $(DATA)/captions.json --val $(DATA)/captions_val.json $(TINY_FLAGS) \
