@@ -109,6 +109,6 @@ def load_non_lora(model: Owl, folder: str | Path) -> None:
         with reading(path):
             for key, tensor in tensors.items():
                 target = state[key.removeprefix(PREFIX)]
-                if target.shape != tensor.shape:
-                    raise ValueError(f"{key} has shape {list(tensor.shape)}, not {list(target.shape)}")
+                if target.shape != tensor.shape or not target.is_floating_point():  # not into quantized weights
+                    raise ValueError(f"{key} {list(tensor.shape)} does not fit {list(target.shape)} in {target.dtype}")
                 target.copy_(tensor)

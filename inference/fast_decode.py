@@ -33,7 +33,7 @@ N_WARMUP = 3  # eager steps per shape before a CUDA graph is captured: kernels a
 
 @dataclass
 class DecodeState:
-    """What a step reads and writes besides the KV cache. The tensors stay at their addresses."""
+    """What a step reads and writes besides the KV cache. The tensors stay at their addresses until rows are dropped."""
 
     token: Tensor  # [B] int64: newest token of each row
     finished: Tensor  # [B] bool: rows that have ended; they select </s> from then on

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from inference.adapter import load_lora, load_non_lora
 from inference.fast_decode import use_column_major_weights
 from inference.quantize import BITS, load_quantized, quantize, read_quantization
-from inference.adapter import load_lora, load_non_lora
 from lora import merge_lora
 from model import Owl, OwlConfig
 from weights import read_config
@@ -48,7 +48,10 @@ def load_for_inference(
     """
     config = read_config(folder)
     target = select_device(device)
-    precision = select_dtype(dtype, target, config, bool(quantize_to or read_quantization(folder)))
+    saved = read_quantization(folder)
+    if adapter is not None and saved is not None:
+        raise ValueError(f"{folder} is quantized; an adapter needs the unquantized weights, and --quantize if wanted")
+    precision = select_dtype(dtype, target, config, bool(quantize_to or saved))
     try:
         model = load_quantized(folder, target, precision, None if adapter else quantize_to)
         if adapter is not None:

@@ -18,8 +18,9 @@ import weights
 from conftest import GOLDEN, make_config, make_images, make_owl
 from generate import generate
 from inference import quantize
-from inference.adapter import load_lora, save_lora
+from inference.adapter import load_lora, load_non_lora, save_lora
 from inference.fast_decode import FastDecoder
+from inference.loading import load_for_inference
 from inference.quantize import BITS, LINEARS, QuantizedLinear
 from model import IMAGE_TOKEN_ID, Owl
 from runs import run_main
@@ -271,6 +272,15 @@ def test_adapters(adapted, tmp_path):
     assert not any("lora" in name for name in model.state_dict())
     with pytest.raises(ValueError):
         load_lora(model, tmp_path / "adapter")
+    key = "model.layers.0.self_attn.q_proj.weight"
+    torch.save({f"base_model.model.{key}": torch.ones(q_proj.weight.shape)}, tmp_path / "non_lora_trainables.bin")
+    with pytest.raises(ValueError, match="int8"):
+        load_non_lora(model, tmp_path)
+    quantize.save_quantized(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="quantized"):
+        load_for_inference(
+            tmp_path / "saved", adapter=tmp_path / "adapter", quantize_to=None, device="cpu", dtype="auto"
+        )
 
 
 ENTRIES = (4, [], "int8", {"bits": 3, "group": 64}, {"bits": 4}, {"bits": 4, "group": 32})
