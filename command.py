@@ -13,12 +13,16 @@
 """
 
 import argparse
+import errno
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+from files import escape_controls, is_out_of_memory, printable
 
 PACKAGES = {"torch": "torch", "numpy": "numpy", "sentencepiece": "sentencepiece", "safetensors": "safetensors"}
 PACKAGES |= {"PIL": "pillow", "tqdm": "tqdm"}  # module: package
@@ -26,18 +30,12 @@ PACKAGES |= {"PIL": "pillow", "tqdm": "tqdm"}  # module: package
 
 def log(message: object) -> None:
     """Prints a message to standard error, where it does not mix with results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def one_line(message: object) -> str:
-    """Joins the lines of a message and escapes control characters, so that a terminal does not obey them."""
-    line = " ".join(str(message).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(escape_controls(message), file=sys.stderr, flush=True)
 
 
 def exit_with_error(message: object) -> NoReturn:
     """Prints an error in one line and exits with code 2."""
-    log("error: " + one_line(message))
+    log("error: " + printable(message))
     sys.exit(2)
 
 
@@ -49,9 +47,19 @@ def user_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:  # a package of one of the extras
         exit_with_error(f"the package {error.name} is not installed: pip install {error.name}")
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
+            raise  # perhaps of standard output: see run
         exit_with_error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except ValueError as error:
         exit_with_error(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        exit_with_error("the memory is full")
+
+
+# A warning is one line, without the line of code that Python adds.
+warnings.showwarning = lambda message, *_: log("warning: " + printable(message))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -65,14 +73,32 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a command's main. Ctrl-C and a reader that closes the pipe end it without a traceback."""
+    """Calls a command's main. A full disk, and a reader that closes the pipe, end it without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # not if the shell has closed it
+        sys.stdout.reconfigure(errors="replace")  # a character that it cannot show becomes "?"
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
+        try:
+            main()
+        finally:
+            print(end="", flush=True)  # here, where an error is handled
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes stdout
-        sys.exit(1)
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        exit_with_error(f"{error.filename or 'a file or standard output'}: {error.strerror}")
+
+
+def exit_at_interrupt(kind: type[BaseException], *error: object) -> None:
+    """Ends the program with code 130 for Ctrl-C, also while torch is being imported."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, *error)
+        return
+    sys.exit(130)
+
+
+sys.excepthook = exit_at_interrupt
 
 
 def check_packages() -> None:
