@@ -1,4 +1,4 @@
-"""Loads and saves model folders in the Hugging Face layout of the released weights.
+"""Loads and saves model folders in the Hugging Face layout of the released weights. Files may be links (hub caches).
 
     config.json                     sizes of the parts; its model_type says whether it is an Owl1 or an Owl2
     model.safetensors               the weights: one file, or shards that model.safetensors.index.json lists,
@@ -13,11 +13,9 @@ A mapped tensor takes no memory until it is read, so loading needs memory for on
 Weights are the result of training; a checkpoint (training/checkpoint.py) is the state of a run that can continue.
 """
 
-import json
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abstractor import AbstractorConfig
+from files import check_file, read_json, reading, write_json, writing
 from llama import LlamaConfig
 from model import Owl, OwlConfig
 from vit import CLIP_MEAN, CLIP_STD, ViTConfig
@@ -115,18 +114,33 @@ LLAMA_VALUES = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": N
 def read_config(folder: str | Path) -> OwlConfig:
     """Reads the configuration of a model folder. What config.json leaves out is as in the released 7B models."""
     path = Path(folder) / "config.json"
+    has_weights = any((path.parent / name).is_file() for name in WEIGHT_FILES)
+    if not has_weights and (path.parent / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is an adapter, not a model: use --weights BASE --adapter {folder}")
     hf = read_json(path)
     with reading(path):
         config = config_from_hf(hf)
-    # Some Owl1 files give the abstractor's MLP a width of 4096 where the weights have 2816: the weights decide.
-    key = hf_name("abstractor.layers.0.mlp.w1.weight", config.variant)
-    has_weights = any((path.parent / name).is_file() for name in WEIGHT_FILES)  # train_stage2.py --check needs none
-    for path, keys in (weight_files(path.parent) if has_weights else {}).items():
-        if key in keys or not keys:
-            tensors = read_tensors(path)
-            with reading(path):
-                config.abstractor.n_mlp = len(tensors[key])
+    if has_weights:  # train_stage2.py --check needs none
+        shapes = {key: list(x.shape) for file in weight_files(path.parent) for key, x in read_tensors(file).items()}
+        with reading(path):
+            fit_to_weights(config, shapes)
     return config
+
+
+def fit_to_weights(config: OwlConfig, shapes: dict[str, list[int]]) -> None:
+    """Checks the sizes of config.json before a model is built from them. shapes: of the weights, by their names."""
+    vit, abstractor, llama = config.vit, config.abstractor, config.llama
+    assert vit.n_layer + abstractor.n_layer + llama.n_layer < len(shapes), "it has more layers than the weights"
+    for name, shape in {
+        "vit.patch_embed.weight": [vit.n_embd, 3, vit.patch_size, vit.patch_size],
+        "vit.position_embedding": [1, vit.n_token, vit.n_embd],
+        "abstractor.queries": [1, abstractor.n_query, vit.n_embd],
+        "llama.embed_tokens.weight": [llama.vocab_size, llama.n_embd],
+    }.items():
+        key = hf_name(name, config.variant)
+        assert shapes.get(key, shape) == shape, f"its sizes give {key} the shape {shape}, the weights {shapes[key]}"
+    # Some Owl1 files give the abstractor's MLP a width of 4096 where the weights have 2816: the weights decide.
+    abstractor.n_mlp = shapes.get(hf_name("abstractor.layers.0.mlp.w1.weight", config.variant), [abstractor.n_mlp])[0]
 
 
 def config_from_hf(hf: dict) -> OwlConfig:
@@ -135,7 +149,8 @@ def config_from_hf(hf: dict) -> OwlConfig:
     if variant is None:
         raise ValueError(f"its model_type is {hf.get('model_type')!r}, which is neither Owl1's nor Owl2's")
     vision, resampler, text = (reduce(lambda hf, key: hf.get(key, {}), path, hf) for path in SECTIONS[variant])
-    for section, values in ((vision, VIT_VALUES), (text, LLAMA_VALUES)):
+    text = text | (text.get("rope_parameters") or {})  # where transformers 5 writes rope_theta and rope_type
+    for section, values in ((vision, VIT_VALUES), (text, LLAMA_VALUES | {"rope_type": "default"})):
         for key, value in values.items():
             if section.get(key) not in (value, None):
                 raise ValueError(f"{key} {section[key]!r} is not supported, only {value!r}")
@@ -163,6 +178,8 @@ def part_from_hf(part: type, section: dict, **defaults: object) -> ViTConfig | A
     values = defaults | {name: section[key] for name, key in KEYS[part].items() if section.get(key) is not None}
     values = {field.name: values[field.name] for field in fields(part) if values.get(field.name) is not None}
     for name, value in values.items():
+        if name == "eos_id" and isinstance(value, list) and value:  # the others do not end an answer
+            values[name] = value = value[0]
         least = 0 if name in ("bos_id", "eos_id", "dropout") else 1e-30
         types = (int, type(getattr(part, name)))
         if isinstance(value, bool) or not isinstance(value, types) or not least <= value < 2**31:
@@ -192,49 +209,20 @@ def hf_config(model: Owl) -> dict:
     return hf | RELEASED[config.variant]
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Turns any error that a file's content causes into a ValueError of one line that names the file."""
-    try:
-        yield
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # json, torch, safetensors, Pillow and sentencepiece each raise errors of their own
-        reason = str(error) if type(error) in (ValueError, AssertionError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read: {' '.join(reason.split())[:500]}") from None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path and renames it to `path` at the end, so that no reader sees half a file."""
-    part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
-
-
-def read_json(path: Path) -> dict:
-    """Reads a JSON object."""
-    with reading(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    with writing(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Memory-maps one weight file. Nothing but tensors is unpickled."""
     with reading(path):
+        check_file(path)
         if path.suffix == ".safetensors":
+            with path.open("rb") as file:  # of a 7B model, 100,000; a million tensors take minutes to map
+                assert int.from_bytes(file.read(8), "little") < 4_000_000, "its header is too large"
             return load_file(path)
         # torch can map files of its zip format; it reads older ones whole.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
-            raise ValueError("not a dictionary of tensors")
+        for key, x in tensors.items():
+            plain = isinstance(x, Tensor) and x.layout == torch.strided and x.is_cpu and not x.is_nested
+            if not (plain and isinstance(key, str) and not x.is_quantized and x.nbytes <= x.untyped_storage().nbytes()):
+                raise ValueError(f"{key!r} is not the name of a plain tensor")
         return tensors
 
 
@@ -246,19 +234,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """Returns the weight files of a folder, each with the keys that the index lists for it (none without an index)."""
-    first = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if first is None:
-        raise FileNotFoundError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
-    if first.suffix != ".json":
-        return {first: []}
-    files = {}
-    index = read_json(first)
-    with reading(first):
-        for key, name in index["weight_map"].items():
-            if Path(name).name != name or not name.endswith((".bin", ".safetensors")):
-                raise ValueError(f"{name!r} is not a weight file beside it")
-            files.setdefault(folder / name, []).append(key)
-    return files
+    problem = f"none of {', '.join(WEIGHT_FILES)}"
+    for first in (folder / name for name in WEIGHT_FILES if (folder / name).is_file()):
+        files, index = {first: []}, {"weight_map": {}}
+        if first.suffix == ".json":
+            files, index = {}, read_json(first)
+        with reading(first):
+            for key, name in index["weight_map"].items():
+                if Path(name).name != name or not name.endswith((".bin", ".safetensors")):
+                    raise ValueError(f"{name!r} is not a weight file beside it")
+                files.setdefault(folder / name, []).append(key)
+        if not (missing := [path.name for path in files if not path.is_file()]):
+            return files
+        problem = f"{first.name} lists {', '.join(missing[:20])}, missing here"
+        if len(missing) < len(files):  # an incomplete download; an index alone may lie beside other weights
+            break
+    raise FileNotFoundError(f"{folder} has no weights: {problem}")
 
 
 def folder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -314,9 +305,10 @@ def assign_tensors(model: Owl, tensors: Iterable[tuple[str, Tensor]], device: st
     targets = model.state_dict()
     state = {}
     for name, tensor in tensors:
-        dtype = targets[name].dtype if name in targets else tensor.dtype
-        # Copy even if nothing changes: training must not write to the file, and the file may be overwritten.
-        state[name] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        if name in targets and targets[name].shape == tensor.shape:  # load_state_dict refuses the others
+            # Copy even if nothing changes: training must not write to the file, and the file may be overwritten.
+            tensor = tensor.to(device, targets[name].dtype, copy=True, memory_format=torch.contiguous_format)
+        state[name] = tensor
     with reading(folder):
         model.load_state_dict(state, assign=True)  # strict: lists all missing, unexpected and misshapen tensors
     model.tokenizer_folder = folder

@@ -11,12 +11,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from files import read_json, reading, write_json, writing
 from lora import inject_lora, lora_modules
 from model import Owl
-from weights import hf_name, hf_state_dict, read_json, read_tensors, reading, write_json, write_tensors, writing
+from weights import hf_name, hf_state_dict, read_tensors, write_tensors
 
 PREFIX = "base_model.model."
-UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+UNSUPPORTED = (  # what the update depends on beside rank and alpha; PEFT writes null, false or {} where it is not used
+    "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layer_replication",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+# Initializations that leave the base weights as they are. Others (pissa, olora, corda, loftq, ...) move a part of them
+# into the adapter, which is right only on top of what remains.
+INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_lora(model: Owl, folder: str | Path, base: str = "") -> None:
@@ -59,11 +67,21 @@ def load_lora(model: Owl, folder: str | Path) -> None:
     config = read_json(path)
     with reading(path):
         rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0))
+        plain = {"peft_type": "LORA", "bias": "none"}
         unsupported = [key for key in UNSUPPORTED if config.get(key)]
-        if unsupported or config.get("peft_type", "LORA") != "LORA" or config.get("bias", "none") != "none":
-            raise ValueError(f"only plain LoRA is supported, without biases {' '.join(unsupported)}")
-        if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"r is {rank} and lora_dropout is {dropout}")
+        unsupported += [key for key, value in plain.items() if config.get(key, value) != value]
+        if unsupported:
+            named = ", ".join(f"{key} {config[key]!r}" for key in unsupported)
+            raise ValueError(f"{named} is not supported, only plain LoRA: merge the adapter with PEFT")
+        if (init := config.get("init_lora_weights")) not in INITIALIZATIONS:
+            raise ValueError(
+                f"init_lora_weights {init!r} has changed the base weights: convert the adapter with PEFT's "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it with PEFT"
+            )
+        if not (1 <= rank < 2**31 and 0 < alpha < 1e6 and 0 <= dropout < 1):  # NaN is none of these
+            raise ValueError(f"r {rank}, lora_alpha {alpha} or lora_dropout {dropout} is out of range")
+        if config.get("use_rslora"):  # it divides by the root of the rank
+            alpha *= rank**0.5
 
     # The Linears that the file names, and the shapes that their matrices must have.
     paths = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
@@ -108,6 +126,8 @@ def load_non_lora(model: Owl, folder: str | Path) -> None:
         tensors = read_tensors(path)
         with reading(path):
             for key, tensor in tensors.items():
+                if key.endswith(".rotary_emb.inv_freq"):  # as in folder_tensors
+                    continue
                 target = state[key.removeprefix(PREFIX)]
                 if target.shape != tensor.shape or not target.is_floating_point():  # not into quantized weights
                     raise ValueError(f"{key} {list(tensor.shape)} does not fit {list(target.shape)} in {target.dtype}")

@@ -31,9 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from files import read_json
 from lora import LoRALinear
 from model import Owl
-from weights import assign_tensors, hf_tensors, load_model, read_config, read_json, save_model
+from weights import assign_tensors, hf_tensors, load_model, read_config, save_model
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64  # inputs that share an int4 scale and zero point; n_in is padded with zeros to a multiple

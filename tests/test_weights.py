@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import weights
 from abstractor import sincos_2d
-from conftest import GOLDEN, build, make_config, make_owl
+from conftest import GOLDEN, assert_close, build, make_config, make_owl
 from training.pretrained import CLIP_NAMES, pretrained_tensors, resize_position_embedding, resize_position_embeddings
 
 FOLDERS = ("owl1", "owl2", "owl2-bin-shards")
@@ -287,7 +289,7 @@ def test_position_embeddings_are_computed_or_read(copied):
     edit_weights(folder, lambda tensors: [tensors.pop(key) for key in keys])
     computed = weights.hf_state_dict(weights.load_model(folder))
     for key in keys:
-        torch.testing.assert_close(computed[key], stored[key], rtol=0, atol=1e-6)
+        assert_close(computed[key], stored[key], 1e-6)
     edit_weights(folder, lambda tensors: tensors.update({key: stored[key] + 0.5 for key in keys}))
     loaded = weights.hf_state_dict(weights.load_model(folder))
     for key in keys:
@@ -423,7 +425,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(copied, tmp_path, how):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    assert_refused(folder, "pytorch_model.bin")
+    assert_refused(folder, "pytorch_model.bin", "run code")
     assert not (tmp_path / "created").exists()
     with path.open("rb") as file:
         pickle.load(file) if how == "plain" else torch.load(file, weights_only=False)
@@ -583,6 +585,7 @@ def test_pretrained_tensors(pretrained):
 
 
 CORRUPT = [
+    ("llama", "model.norm.weight", "int8"),
     ("clip", "vision_model.post_layernorm.weight", None),
     ("clip", "vision_model.encoder.layers.0.self_attn.k_proj.weight", (16, 17)),
     ("clip", "vision_model.embeddings.position_embedding.weight", (7, 16)),
@@ -597,12 +600,16 @@ CORRUPT = [
 
 @pytest.mark.parametrize("which, key, shape", CORRUPT)
 def test_pretrained_tensors_that_do_not_fit(pretrained, which, key, shape):
-    """shape: of the tensor that replaces or joins the right ones; None: it is missing."""
+    """shape: of the tensor that replaces or joins the right ones; None: it is missing. "int8": of another dtype."""
     config, clip, llama, _ = pretrained
     folder = {"clip": clip, "llama": llama}[which]
     tensors = load_file(folder / "model.safetensors")
     tensors.pop(key, None)
-    save_file(tensors if shape is None else tensors | {key: torch.zeros(shape)}, folder / "model.safetensors")
+    if shape == "int8":
+        tensors[key] = torch.zeros(32, dtype=torch.int8)
+    elif shape is not None:
+        tensors[key] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError) as caught:
         list(pretrained_tensors(config, clip, llama))
     assert key in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -614,3 +621,170 @@ def test_missing_pretrained_folders(pretrained, tmp_path, which):
     folders = {"clip": clip, "llama": llama} | {which: tmp_path / "nowhere"}
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list(pretrained_tensors(config, **folders))
+
+
+# --- what strangers' folders contain ---------------------------------------------------------------
+
+
+def test_rope_parameters(copied):
+    """transformers 5 writes rope_theta and rope_type there; a type that is not implemented is refused."""
+    folder = copied("owl2")
+
+    def move(content, rope_type="default"):
+        content.pop("rope_theta", None)
+        content["rope_parameters"] = {"rope_theta": 500.0, "rope_type": rope_type}
+
+    edit_json(folder / "config.json", move)
+    assert weights.read_config(folder).llama.rope_theta == 500.0
+    edit_json(folder / "config.json", lambda content: move(content, "llama3"))
+    assert_refused(folder, "config.json", "llama3")
+
+
+def test_config_with_a_byte_order_mark_and_several_end_tokens(copied):
+    folder = copied("owl2")
+    edit_json(folder / "config.json", lambda content: content.update({"eos_token_id": [7, 2]}))
+    content = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert weights.load_model(folder).config.llama.eos_id == 7
+
+
+def test_git_lfs_pointers_are_named(copied):
+    folder = copied("owl2")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_bytes(pointer)
+        assert_refused(folder, name, "Git LFS")
+
+
+def test_an_index_without_its_shards(copied):
+    """Complete weights beside it are used; shards that are missing from a set are named."""
+    folder = copied("owl2-bin-shards")
+    expected = weights.load_model(folder)
+    index = (folder / "pytorch_model.bin.index.json").read_text()
+    (folder / "model.safetensors.index.json").write_text(index.replace(".bin", ".safetensors"))
+    assert same_state(weights.load_model(folder), expected)
+    (folder / "pytorch_model-2-of-4.bin").unlink()
+    assert_refused(folder, "pytorch_model-2-of-4.bin", error=FileNotFoundError)
+
+
+def test_links_out_of_a_weights_folder_are_followed(copied):
+    """Hub caches consist of them."""
+    folder = copied("owl2")
+    for path in list(folder.iterdir()):
+        target = folder.parent / f"blob-{path.name}"
+        path.rename(target)
+        path.symlink_to(target)
+    assert same_state(weights.load_model(folder), weights.load_model(GOLDEN / "owl2"))
+
+
+def test_an_adapter_given_as_weights(copied):
+    folder = copied("owl2")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    assert_refused(folder, "--adapter")
+    (folder / "config.json").unlink()
+    assert_refused(folder, "--adapter")
+
+
+UNUSUAL = {
+    "meta": lambda: torch.zeros(64, device="meta"),
+    "sparse": lambda: torch.zeros(64).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(64), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(32), torch.zeros(32)]),
+    "expanded": lambda: torch.zeros(1).expand(10**12),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_plain(copied, kind):
+    """An expanded one would need more memory than its file has."""
+    folder = copied("owl2")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors | {NORM: UNUSUAL[kind]()}, folder / "pytorch_model.bin")
+    assert_refused(folder, "pytorch_model.bin", NORM)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 1_000_000},
+        {"hidden_size": 2**30},
+        {"vocab_size": 2**31 - 1},
+        {"intermediate_size": 2**31 - 1},
+        {"visual_config.visual_model.num_hidden_layers": 1_000_000},
+        {"visual_config.visual_abstractor.num_hidden_layers": 1_000_000},
+        {"visual_config.visual_abstractor.num_learnable_queries": 2**31 - 1},
+        {"visual_config.visual_model.image_size": 2**30, "visual_config.visual_model.patch_size": 1},
+        {"visual_config.visual_model.image_size": 2**30, "visual_config.visual_model.patch_size": 2**28},
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_at_once(copied, changes):
+    """Without building such a model, which would take the memory or the day."""
+    folder = copied("owl2")
+
+    def change(content):
+        for key, value in changes.items():
+            *path, leaf = key.split(".")
+            reduce(dict.get, path, content)[leaf] = value
+
+    edit_json(folder / "config.json", change)
+    assert_refused(folder, folder.name)
+
+
+def test_misfits_are_not_copied(copied):
+    """10,000 tensors of one storage of 40 MB would take 400 GB."""
+    folder = copied("owl2")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    large = torch.zeros(10**7)
+    torch.save(tensors | {f"x{i}": large for i in range(10_000)}, folder / "pytorch_model.bin")
+    assert_refused(folder, "x0")
+
+
+@pytest.mark.parametrize("name", ["owl2", "owl2-bin-shards"])
+def test_a_folder_with_a_name_that_is_not_utf8(copied, name):
+    """safetensors and torch cannot open it: a sentence says so."""
+    folder = copied(name)
+    folder = folder.rename(folder.with_name(os.fsdecode(b"caf\xe9")))
+    with pytest.raises(ValueError, match="(?i)utf-?8"):
+        weights.load_model(folder)
+
+
+def test_a_pipe_is_refused(copied):
+    folder = copied("owl2")
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert_refused(folder, folder.name, error=(ValueError, FileNotFoundError))
+
+
+def test_too_little_memory_is_called_that(tmp_path):
+    """Not damage. The limit is on addresses, so that mapping the file fails."""
+    tensors = {"a": torch.zeros(4 * 10**7)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    save_file(tensors, tmp_path / "model.safetensors")
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(weights.__file__).parent)!r})
+from pathlib import Path
+import weights
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 10**8, size + 10**8))
+for name in ("pytorch_model.bin", "model.safetensors"):
+    try:
+        weights.read_tensors(Path({str(tmp_path)!r}, name))
+    except ValueError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert result.stdout.count("does not fit into the memory") == 2, result
+
+
+@pytest.mark.parametrize("n_header", [5_000_000, 2**62])
+def test_a_huge_safetensors_header_is_refused_at_once(copied, n_header):
+    folder = copied("owl2")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(n_header.to_bytes(8, "little") + content[8:])
+    assert_refused(folder, "model.safetensors", "header is too large")

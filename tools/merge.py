@@ -11,29 +11,30 @@ from command import ArgumentParser, run, user_errors
 
 import torch
 
+from files import printable
 from inference.adapter import load_lora, load_non_lora
 from lora import merge_lora
 from training.distributed import PRECISIONS
-from weights import WEIGHT_FILES, load_model, save_model
+from weights import load_model, save_model
 
 
 def main() -> None:
     p = ArgumentParser(description=__doc__)
     p.add_argument("--weights", required=True, metavar="FOLDER", help="the model folder that the adapter belongs to")
     p.add_argument("--adapter", required=True, metavar="FOLDER", help="the adapter, in PEFT's files")
-    p.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder; it has no weights yet")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder")
     p.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the saved weights (default bf16)")
     args = p.parse_args()
     out = Path(args.out)
     with user_errors():
-        if out.is_file() or any((out / name).exists() for name in WEIGHT_FILES):
-            raise ValueError(f"--out {out} already holds weights, or is a file: choose another folder")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} exists, and is not an empty folder: choose another one")
         model = load_model(args.weights, dtype=PRECISIONS[args.precision])
         load_non_lora(model, args.adapter)
         load_lora(model, args.adapter)
         merge_lora(model)
         save_model(model, out)
-    print(f"{out} holds {args.weights} with {args.adapter} merged")
+    print(printable(f"{out} holds {args.weights} with {args.adapter} merged"))
 
 
 if __name__ == "__main__":

@@ -13,24 +13,24 @@ from command import ArgumentParser, run, user_errors
 
 import torch
 
+from files import printable
 from inference.quantize import BITS, load_quantized, save_quantized
-from weights import WEIGHT_FILES
 
 
 def main() -> None:
     p = ArgumentParser(description=__doc__)
     p.add_argument("--weights", required=True, metavar="FOLDER", help="the model folder to quantize")
-    p.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder; it has no weights yet")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the new model folder")
     p.add_argument("--to", required=True, choices=BITS, help="int8: nearly the same answers; int4: half the memory")
     args = p.parse_args()
     out = Path(args.out)
     with user_errors():
-        if out.is_file() or any((out / name).exists() for name in WEIGHT_FILES):
-            raise ValueError(f"--out {out} already holds weights, or is a file: choose another folder")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} exists, and is not an empty folder: choose another one")
         model = load_quantized(args.weights, dtype=torch.bfloat16, to=args.to)
         save_quantized(model, out)
     n_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    print(f"{out} holds {args.weights} at {args.to}: {n_bytes / 1e6:,.1f} MB")
+    print(printable(f"{out} holds {args.weights} at {args.to}: {n_bytes / 1e6:,.1f} MB"))
 
 
 if __name__ == "__main__":

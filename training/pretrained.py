@@ -141,8 +141,8 @@ def llama_tensors(folder: Path, expected: dict[str, Tensor]) -> Iterator[tuple[s
 def take(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], folder: Path) -> Tensor:
     """Removes a tensor from `tensors` and returns it. Raises ValueError if it is missing or of another shape."""
     tensor = tensors.pop(key, None)
-    if tensor is None or tensor.shape != shape:
-        found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+    if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+        found = "missing" if tensor is None else f"of shape {list(tensor.shape)} in {tensor.dtype}"
         raise ValueError(f"{folder}: {key} is {found}, the model needs {list(shape)}")
     return tensor
 
