@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from device import not_finite
 from llama import KVCache
 from model import Owl
 
@@ -23,7 +24,7 @@ from model import Owl
 class Sampling:
     """How the next token is selected. Raises ValueError for settings that select nothing."""
 
-    temperature: float = 0.0  # 0: greedy
+    temperature: float = 0.0  # 0: greedy; else 1e-37 to 1e37, which float32 rounds neither to 0 nor to infinity
     top_k: int | None = None  # sample among the k most probable tokens
     top_p: float | None = None  # sample among the fewest tokens that together have probability p
     seed: int | None = None
@@ -31,24 +32,25 @@ class Sampling:
     def __post_init__(self) -> None:
         is_valid_k = self.top_k is None or self.top_k >= 1
         is_valid_p = self.top_p is None or 0 < self.top_p <= 1
-        if not 0 <= self.temperature < float("inf") or not is_valid_k or not is_valid_p:
-            raise ValueError(f"need a finite temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {self}")
+        if not ((self.temperature == 0 or 1e-37 <= self.temperature <= 1e37) and is_valid_k and is_valid_p):
+            raise ValueError(f"need a temperature of 0 or 1e-37 to 1e37, top_k >= 1 and 0 < top_p <= 1, got {self}")
 
 
 def sample_token(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Selects one token per row. logits: [B, V]. uniform: [B] or [1] random numbers in [0, 1). Returns [B] int64."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # the maximum is 0: no overflow below
-    probs, tokens = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k is not None:
-        probs[:, sampling.top_k :] = 0
-    if sampling.top_p is not None:  # nucleus sampling: drop tokens once the mass before them reaches top_p
-        mass_before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(mass_before >= sampling.top_p * probs.sum(dim=-1, keepdim=True), 0)
-    cdf = probs.cumsum(dim=-1)
-    index = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)  # inverse transform sampling
-    return tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))[:, 0]
+    """Selects a token per row, [B] int64, -1 if not finite. logits: [B, V]. uniform: [B] or [1] numbers in [0, 1)."""
+    largest, token = logits.max(dim=-1, keepdim=True)  # [B, 1]
+    if sampling.temperature > 0:
+        logits = logits.float() - largest.float()  # the maximum is 0: no overflow below
+        probs, tokens = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k is not None:
+            probs[:, sampling.top_k :] = 0
+        if sampling.top_p is not None:  # nucleus sampling: drop tokens once the mass before them reaches top_p
+            mass_before = probs.cumsum(dim=-1) - probs
+            probs = probs.masked_fill(mass_before >= sampling.top_p * probs.sum(dim=-1, keepdim=True), 0)
+        cdf = probs.cumsum(dim=-1)
+        index = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)  # inverse transform sampling
+        token = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+    return torch.where(largest.abs() < torch.inf, token, -1)[:, 0]  # NaN is the maximum of a row that contains it
 
 
 @torch.inference_mode()
@@ -108,6 +110,8 @@ def generate(
         token = sample_token(logits, sampling, uniform).masked_fill(finished, eos_id)  # [B]
         with torch.inference_mode(False):  # not an inference tensor, so that training may use it
             answer = token.to("cpu", copy=True)
+        if (answer < 0).any():
+            raise not_finite(model, images)
         yield answer
         finished |= cache.lengths >= cache.max_length
         if stop_at_eos:

@@ -33,13 +33,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command import ArgumentParser, log, one_line, run, user_errors
+from command import ArgumentParser, log, run, user_errors
+from files import check_file, escape_controls, printable, writing
 
 # torch takes seconds to import, so it and all that imports it are imported after the flags are parsed.
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from inference.chat import ChatSession
 
 TINY_FOLDER = Path(__file__).parent / "checkpoints" / "tiny-owl2"
+SOFTWARE = "owlet --show-attention"  # in the EXIF data of its pictures
 TINY_NOTICE = (
     "This is the embedded tiny model, trained on easy-VQA: it answers questions about the color and shape of one "
     "simple shape. For other images download MAGAer13/mplug-owl2-llama2-7b (see the README) and pass it as --weights."
@@ -106,8 +110,30 @@ def check_picture_path(parser: ArgumentParser, args: argparse.Namespace) -> None
         parser.error(f"--show-attention {path}: the name must end in .png or .jpg")
     if not os.path.isdir(path.parent) or os.path.isdir(path):  # Path.is_dir raises an error for a name too long
         parser.error(f"--show-attention {path}: there is no folder {path.parent}, or this is a folder itself")
-    if any(os.path.exists(image) and os.path.exists(path) and os.path.samefile(image, path) for image in args.image):
-        parser.error(f"--show-attention {path}: this is an --image, which would be overwritten")
+    if os.path.lexists(path) and not is_attention_picture(path):
+        parser.error(f"--show-attention {path}: a file of another origin would be overwritten")
+
+
+def is_attention_picture(path: Path) -> bool:
+    """Whether --show-attention wrote this file."""
+    from PIL import ExifTags, Image
+
+    try:
+        check_file(path)
+        with Image.open(path) as picture:
+            return picture.getexif().get(ExifTags.Base.Software) == SOFTWARE
+    except Exception:  # whatever Pillow raises for a file that is no picture
+        return False
+
+
+def save_picture(picture: Image, path: Path) -> None:
+    """Saves a picture that a later run may overwrite. Raises OSError."""
+    from PIL import ExifTags
+
+    exif = picture.getexif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    with writing(path) as part:
+        picture.save(part, "PNG" if path.suffix.lower() == ".png" else "JPEG", exif=exif)
 
 
 def build_session(args: argparse.Namespace) -> ChatSession:
@@ -142,7 +168,7 @@ def build_session(args: argparse.Namespace) -> ChatSession:
     model.config.llama.eos_id = tokenizer.eos_id
     bits = bits_of(model)
     precision = str(dtype).removeprefix("torch.") + (f", its language model in {bits} bits" if bits else "")
-    log(f"{folder} on {device} in {precision}")
+    log(f"{printable(folder)} on {device} in {precision}")
     if bits and (reason := why_slow(bits, device, dtype, args.compile)):
         log(reason)
     if args.weights is None:
@@ -166,9 +192,9 @@ def build_session(args: argparse.Namespace) -> ChatSession:
 def print_answer(session: ChatSession) -> None:
     """Prints the answer to the last question while it is generated."""
     try:
-        with closing(session.answer()) as texts:  # so that the session keeps the text also after Ctrl-C
+        with user_errors(), closing(session.answer()) as texts:  # so that the session keeps the text also after Ctrl-C
             for text in texts:
-                print(text, end="", flush=True)
+                print(escape_controls(text), end="", flush=True)
     finally:
         print(flush=True)
 
@@ -198,7 +224,7 @@ def take_turn(session: ChatSession, line: str) -> None:
             return
         session.conversation.ask(line)
     except (ValueError, OSError) as error:
-        log(one_line(error))
+        log(printable(error))
         return
     print_answer(session)
 
@@ -224,7 +250,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     with user_errors():
         session = build_session(args)
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes "?"
     if args.prompt is None:
         chat(session)
         return
@@ -234,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
 
         picture = explain_answer(session, heading=f"model: {args.weights or TINY_FOLDER}")
         with user_errors():
-            picture.save(args.show_attention)
-        log(f"wrote {args.show_attention}")
+            save_picture(picture, args.show_attention)
+        log(f"wrote {printable(args.show_attention)}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ after their common prefix are processed, and only images after it are encoded:
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from PIL.Image import Image
@@ -150,10 +154,9 @@ class ChatSession:
 
     def run_command(self, line: str) -> str:
         """Executes /image, /reset or /help. Returns a message. Raises ValueError or OSError if it cannot."""
-        command, _, argument = line.partition(" ")
-        path = argument.strip().strip("\"'")  # a terminal quotes the path of a file that is dropped on it
-        if command == "/image" and path:
-            self.conversation.add_image(os.path.expanduser(path))
+        command, *argument = line.split(maxsplit=1)
+        if command == "/image" and argument:
+            self.conversation.add_image(to_path(argument[0].strip()))
             return "The image is added to the next question."
         if line == "/reset":
             self.conversation.reset()
@@ -162,6 +165,21 @@ class ChatSession:
         if line == "/help":
             return COMMANDS
         raise ValueError(f"{line} is not a command: {COMMANDS}")
+
+
+def to_path(text: str) -> str:
+    """Returns the path of a file as it is typed, or as a terminal writes a file that is dropped on it.
+
+    A terminal writes '/My Photos/a.png' with its quotes, /My\\ Photos/a.png, or file:///My%20Photos/a.png.
+    """
+    if text.startswith("file://"):
+        return url2pathname(urlsplit(text).path)
+    path = os.path.expanduser(text)
+    if not os.path.exists(path):
+        with suppress(ValueError):  # a quotation mark without its partner
+            words = shlex.split(text)
+            path = os.path.expanduser(words[0]) if len(words) == 1 else path
+    return path
 
 
 def stream_text(tokens: Iterable[Tensor | int], tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from device import not_finite
 from generate import Sampling, prefill, sample_token
 from llama import KVCache, Llama
 from model import Owl
@@ -35,7 +36,7 @@ N_WARMUP = 3  # eager steps per shape before a CUDA graph is captured: kernels a
 class DecodeState:
     """What a step reads and writes besides the KV cache. The tensors stay at their addresses until rows are dropped."""
 
-    token: Tensor  # [B] int64: newest token of each row
+    token: Tensor  # [B] int64: newest token of each row; -1 if its logits are not finite
     finished: Tensor  # [B] bool: rows that have ended; they select </s> from then on
     uniform: Tensor  # [B] or [1] float32: random numbers that select the next token
     eos_bias: Tensor  # [] float32: added to the logit of </s>; -inf until min_new_tokens are selected
@@ -57,7 +58,8 @@ def select_token(llama: Llama, cache: KVCache, state: DecodeState, x: Tensor) ->
 
 def decode_step(llama: Llama, cache: KVCache, state: DecodeState) -> None:
     """Processes the newest token of every row and selects the next. Never synchronizes with the device."""
-    x = llama(llama.embed_tokens(state.token)[:, None], None, cache)[:, 0]  # [B, n_embd]
+    token = state.token.clamp(min=0)  # the host sees a -1 one step late, and a -1 would end CUDA
+    x = llama(llama.embed_tokens(token)[:, None], None, cache)[:, 0]  # [B, n_embd]
     cache.lengths.add_(~state.finished)
     select_token(llama, cache, state, x)
 
@@ -127,6 +129,7 @@ class FastDecoder:
         if cache is None:
             cache = llama.make_cache(B, min(ids.shape[1] + max_new_tokens, llama.config.context))
         x = prefill(self.model, ids, images, prompt_lengths, cache)  # [B, n_embd]
+        max_new_tokens = min(max_new_tokens, cache.max_length)
         if max_new_tokens == 0:
             return
         longest, device = int(cache.lengths.max()), x.device
@@ -155,6 +158,8 @@ class FastDecoder:
             if previous is not None:
                 computed, copy = previous
                 token, is_finished = copy.wait()
+                if (token < 0).any():
+                    raise not_finite(self.model, images)
                 with torch.inference_mode(False):  # not an inference tensor, so that training may use it
                     answer = torch.full((B,), llama.config.eos_id, device="cpu")
                     answer[computed] = token

@@ -1,10 +1,10 @@
 """Loads a model for inference: selects device and dtype, merges a LoRA adapter, quantizes."""
 
-import os
 from pathlib import Path
 
 import torch
 
+from device import disable_tf32, device_memory
 from inference.adapter import load_lora, load_non_lora
 from inference.fast_decode import use_column_major_weights
 from inference.quantize import BITS, load_quantized, quantize, read_quantization
@@ -15,12 +15,13 @@ from weights import read_config
 
 def select_device(name: str) -> torch.device:
     """Returns the device with that name; for "auto" the first of cuda, mps and cpu. Raises ValueError if unusable."""
+    disable_tf32()
     if name == "auto":
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
         name = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # which one depends on how torch was built
+    except (RuntimeError, AssertionError, NotImplementedError):  # which one depends on how torch was built
         raise ValueError(f"there is no device {name!r} here that torch can use") from None
 
 
@@ -33,9 +34,8 @@ def select_dtype(name: str, device: torch.device, config: OwlConfig, is_quantize
         return torch.bfloat16
     with torch.device("meta"):
         n_parameter = sum(parameter.numel() for parameter in Owl(config).parameters())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
     # A quarter of the memory is left for the KV cache, activations and other programs.
-    return torch.float32 if 4 * n_parameter < 0.75 * memory else torch.bfloat16
+    return torch.float32 if 4 * n_parameter < 0.75 * device_memory(device) else torch.bfloat16
 
 
 def load_for_inference(

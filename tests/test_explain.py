@@ -1,5 +1,6 @@
 """Pictures of attention: the numbers against the attention kernel, and their position on a photo."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
-from conftest import GOLDEN, make_config, make_images, make_owl, make_row
+from conftest import GOLDEN, assert_close, make_config, make_images, make_owl, make_row
 from data.image import FITS, to_pixels
 from data.text import Tokenizer
 from inference import explain
@@ -48,11 +49,11 @@ def test_attention_maps_equal_the_kernel(monkeypatch, variant, n_kv_head, bits):
     row = ids + answer_ids[:-1]
     model(torch.tensor([row]), images)
     *_, last_of_abstractor, decoder1, decoder2 = probs
-    assert (query_maps - last_of_abstractor).abs().max() < 1e-5
+    assert_close(query_maps, last_of_abstractor)
     # Position t predicts token t + 1: the prompt's last position predicts the first token of the answer.
     expected = (decoder1[0] + decoder2[0])[len(ids) - 1 :] / 2
     assert token_attention.shape == (5, len(row)) and token_attention.dtype == torch.float32
-    assert (token_attention - expected).abs().max() < 1e-5
+    assert_close(token_attention, expected)
 
 
 def test_words_and_their_tokens(tokenizer):
@@ -74,7 +75,7 @@ def test_attention_of_a_word_is_the_mean_over_its_tokens():
     token_attention = torch.rand(4, len(ids) + 3, generator=torch.Generator().manual_seed(0))
     words = [("extraordinarily", [0, 1, 2]), ("red", [3])]
     (_, first), (_, second) = explain.word_attention(token_attention, ids, words, 3)
-    assert torch.allclose(first, token_attention[:3].mean(dim=0)[[1, 2, 3, 5, 6, 7]].view(2, 3))
+    assert_close(first, token_attention[:3].mean(dim=0)[[1, 2, 3, 5, 6, 7]].view(2, 3), 1e-6)
     assert torch.equal(second, token_attention[3, [1, 2, 3, 5, 6, 7]].view(2, 3))
 
 
@@ -194,3 +195,27 @@ def test_invalid_flags_are_reported_before_the_model_is_loaded(tmp_path, capsys,
     code, stdout, stderr = run_sample(capsys, "--device", "cpu", *arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1) and keyword in stderr
     assert Path("photo.png").read_bytes() == WIDE.read_bytes()
+
+
+def test_a_full_disk_keeps_the_old_picture(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "maps.png"
+    path.write_bytes(b"old")
+
+    def save(picture, file, *args, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr(sample, "is_attention_picture", lambda path: True)
+    arguments = ("--image", WIDE, "--prompt", "What?", "--show-attention", path)
+    code, _, stderr = run_sample(capsys, "--device", "cpu", *arguments)
+    assert code == 2 and "No space left" in stderr and "Traceback" not in stderr
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_to_another_file_is_refused(tmp_path, capsys):
+    (tmp_path / "other.png").write_bytes(b"old")
+    (tmp_path / "maps.png").symlink_to(tmp_path / "other.png")
+    arguments = ("--image", WIDE, "--prompt", "What?", "--show-attention", tmp_path / "maps.png")
+    assert run_sample(capsys, "--device", "cpu", *arguments)[0] == 2
+    assert (tmp_path / "other.png").read_bytes() == b"old" and (tmp_path / "maps.png").is_symlink()

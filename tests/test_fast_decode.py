@@ -21,6 +21,8 @@ from llama import KVCache, Llama
 from model import IMAGE_TOKEN_ID, Owl
 from test_generate import SAMPLED, SIZES, assert_same_tokens
 
+pytestmark = pytest.mark.usefixtures("no_near_ties")
+
 BUCKET = 16  # instead of 256, so that few tokens fill several
 
 SETTINGS = {
@@ -173,6 +175,51 @@ def test_finished_rows_are_dropped(make_generate, record_calls, kind, settings):
         calls.clear()
 
 
+@pytest.mark.parametrize("kind", ["plain", "fast", "graphs"])
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_numbers_that_are_not_finite_end_decoding_with_their_origin(make_generate, kind, sampling):
+    model = make_owl(make_config("owl2", llama={"vocab_size": 12}))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = make_batch(model.config, [(4, 1), (6, 0)])
+    arguments = {"prompt_lengths": batch.lengths, "max_new_tokens": 12, "stop_at_eos": False, "sampling": sampling}
+
+    def error_with(images: Tensor | None, ids: Tensor = batch.ids) -> str:
+        with pytest.raises(ValueError, match="bfloat16 or float32") as caught:
+            collect(make_generate(kind, model)(ids, images, **arguments))
+        return str(caught.value)
+
+    for name in ("vit.blocks.0.mlp.fc1.weight", "llama.layers.1.mlp.gate_proj.weight", "llama.lm_head.weight"):
+        for value in (torch.nan, torch.inf):
+            model.state_dict()[name][-1, -1] = value
+            assert name in error_with(batch.images)
+            model.load_state_dict(state)
+
+    # Finite weights whose products overflow: in the vision encoder, in visual tokens encoded before, in the decoder.
+    model.vit.post_norm.weight.data.fill_(3e38)
+    assert "visual tokens" in error_with(batch.images)
+    model.load_state_dict(state)
+    visual = model.encode_images(batch.images).detach()
+    visual[0, 0, 0] = torch.nan
+    assert "visual tokens" in error_with(visual)
+    model.llama.norm.weight.data.fill_(3e38)
+    assert "the logits" in error_with(batch.images)
+    model.load_state_dict(state)
+
+    # A later step, by a token that the prompt does not have, and only in one row.
+    model.llama.embed_tokens.weight.data[4:] = torch.nan
+    model.llama.lm_head.weight.data[:4] = 0
+    assert "embed_tokens" in error_with(None, torch.full_like(batch.ids, 3))
+
+
+@pytest.mark.parametrize("kind", ["fast", "graphs"])
+def test_a_limit_of_any_size_is_only_a_limit(make_generate, kind):
+    model = small_vocab_owl(context=38)
+    batch = make_batch(model.config, [(4, 0)])
+    arguments = {"max_new_tokens": 10**15, "stop_at_eos": False, "sampling": SAMPLED}
+    expected = collect(generate(model, batch.ids, **arguments))
+    assert torch.equal(collect(make_generate(kind, model)(batch.ids, **arguments)), expected)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Several turns with one cache
 
@@ -292,7 +339,7 @@ def test_an_interrupted_pass_leaves_the_cache_usable(make_generate, kind, n_pass
             raise KeyboardInterrupt
 
     handle = model.llama.layers[1].register_forward_pre_hook(interrupt)
-    question = chat.ask(make_batch(model.config, [(3, 0), (5, 0)]))
+    question = chat.ask(make_batch(model.config, [(3, 0), (5, 0)], seed=1))
     tokens = []
     with pytest.raises(KeyboardInterrupt):
         for token in function(**question, max_new_tokens=9, stop_at_eos=False):

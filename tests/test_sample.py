@@ -1,8 +1,10 @@
 """sample.py from the command line: questions, user errors, chats, Ctrl-C."""
 
 import io
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,18 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import device
 import lora
 import sample
 from conftest import GOLDEN, ROOT
 from data.image import load_image, to_pixels
 from data.text import Tokenizer, expand_images, render_prompt
+from files import read_json, write_json
 from generate import Sampling, generate
 from inference import fast_decode
 from inference.adapter import save_lora
 from inference.chat import ChatSession, Conversation, stream_text
-from inference.loading import select_dtype
+from inference.loading import select_device, select_dtype
 from model import Owl
+from training.distributed import init_distributed
 from training.presets import PRESETS, init_weights
 from weights import load_model, save_model
 
@@ -273,7 +279,7 @@ def test_unusable_inputs(folders, tmp_path, capsys):
     (folder / "config.json").write_text(content.replace('"vocab_size": 2000', '"vocab_size": 512'))
     cases = {
         "nowhere": ("--weights", tmp_path / "nowhere"),
-        "2000 tokens": ("--weights", folder),
+        "2000": ("--weights", folder),
         "no-adapter": ("--adapter", tmp_path / "no-adapter"),
         "missing.jpg": ("--image", tmp_path / "missing.jpg"),
         "broken.png": ("--image", tmp_path / "broken.png"),
@@ -355,3 +361,109 @@ def test_ctrl_c_in_a_chat(folders, capsys, monkeypatch):
     n = len(session.answer_ids)
     expected = expected_answer(load_model(folders["owl2"]), ["Tell me all.", None], [], "square", n)
     assert session.conversation.messages[1] == expected.rstrip("\ufffd") and 5 <= n < 50
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{0}", '"{0}"', "{1}", "file://{2}", "file://localhost{2}", "{0}  ", "'{3}'"],
+    ids=["plain", "quoted", "backslashes", "url", "url with a host", "trailing space", "quoted quote"],
+)
+def test_paths_as_terminals_write_them(folders, tmp_path, written):
+    folder = tmp_path / "My Photos"
+    folder.mkdir()
+    path = folder / ("it's a.png" if "3" in written else "a (1).png")
+    shutil.copy(WIDE, path)
+    escaped = re.sub(r"([ ()])", r"\\\1", str(path))
+    written = written.format(path, escaped, str(path).replace(" ", "%20"), str(path).replace("'", "'\\''"))
+    session = make_session(folders["owl2"], 6)
+    session.run_command(f"/image {written}")
+    session.run_command(f"/image\t{written}")
+    assert [shown.thumbnail.size for shown in session.conversation.pending] == [(190, 120)] * 2
+
+
+def test_an_answer_has_no_control_characters(folders, capsys):
+    """But the conversation keeps the text of the model."""
+    session = make_session(folders["owl2"], 6)
+    text = "red\x1b]0;title\x07\r\x9b2J\n\tréd\u3000日本"
+    session.decode = lambda *_, **__: iter(session.conversation.tokenizer.encode(text))
+    session.conversation.ask("What?")
+    sample.print_answer(session)
+    assert capsys.readouterr().out == "red\\x1b]0;title\\x07\\r\\x9b2J\n\tréd\u3000日本\n"
+    assert session.conversation.messages[-1] == text
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_numbers_that_are_not_finite_are_a_user_error(folders, tmp_path, monkeypatch, capsys, is_chat):
+    folder = shutil.copytree(folders["owl2"], tmp_path / "model")
+    model = load_model(folder)
+    model.llama.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    save_model(model, folder)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What?\nAnd now?")))
+    prompt = () if is_chat else ("--prompt", "What?")
+    code, stdout, stderr = run_sample(capsys, "--weights", folder, "--device", "cpu", *prompt)
+    assert code == 2 and stdout.strip() == ""
+    assert "down_proj.weight" in stderr and stderr.count("error: ") == 1 and "Traceback" not in stderr
+
+
+def test_no_control_character_of_an_answer_or_a_name_is_printed(folders, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(folders["owl2"], tmp_path / "a\x1b[2J\nb")
+    monkeypatch.setattr(ChatSession, "answer", lambda session: (text for text in ("a\x1b[2J\x9b", "\r\nb\t\u200d")))
+    code, stdout, stderr = run_sample(capsys, "--weights", folder, "--prompt", "What?", "--device", "cpu")
+    assert (code, stdout) == (0, "a\\x1b[2J\\x9b\\r\nb\t\u200d\n"), stderr
+    assert "\x1b" not in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--device=", "--device=cuda:-1", "--device=cuda:x", "--device=cpu:x", "--dtype="])
+def test_devices_and_dtypes_that_do_not_exist(folders, capsys, flag):
+    flags = ("--weights", folders["owl2"], "--prompt", "What?", flag)
+    assert_user_error(run_sample(capsys, *flags), flag.strip("-").split("=")[0])
+
+
+def test_huge_numbers_and_names(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders["owl2"], tmp_path / "model")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"max_position_embeddings": 40})
+    flags = ("--weights", folder, "--prompt", "What?", "--device", "cpu")
+    short = run_sample(capsys, *flags, "--max-new-tokens", 3000)
+    assert run_sample(capsys, *flags, "--max-new-tokens", 10**12)[:2] == short[:2]
+    assert run_sample(capsys, *flags, "--top-k", 10**30, "--temperature", 1, "--max-new-tokens", 2)[0] == 0
+    for name in ("a" * 300, "a/" * 5000):
+        assert_user_error(run_sample(capsys, "--prompt", "What?", "--weights", name), name[:100])
+
+
+def test_only_its_own_pictures_are_overwritten(tmp_path):
+    for name in ("maps.png", "maps.jpg"):
+        photo = tmp_path / f"photo-{name}"
+        Image.new("RGB", (20, 10)).save(photo)
+        sample.save_picture(Image.open(photo), tmp_path / name)
+        assert sample.is_attention_picture(tmp_path / name) and not sample.is_attention_picture(photo)
+        assert Image.open(tmp_path / name).size == (20, 10)
+
+
+def test_float32_is_not_tf32(monkeypatch):
+    """Both device selections turn off TF32, of convolutions and of matrix products."""
+    for select in (partial(select_device, "cpu"), partial(init_distributed, "cpu")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        torch.set_float32_matmul_precision("high")
+        select()
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("command", ["sample.py --prompt What?", "evaluate.py --data rows.json"])
+def test_without_the_modules_that_windows_lacks(tmp_path, command):
+    """os.sysconf, fcntl and resource do not exist there; an empty module stands in for msvcrt."""
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    hide = "import os, runpy, subprocess, sys, types; del os.sysconf; "
+    hide += "sys.modules |= {'fcntl': None, 'resource': None}; "
+    hide += "sys.modules['msvcrt'] = types.ModuleType('msvcrt'); sys.path[0] = sys.argv[1]; sys.argv = sys.argv[2:]; "
+    hide += "runpy.run_path(os.path.join(sys.path[0], sys.argv[0]), run_name='__main__')"
+    arguments = [sys.executable, "-c", hide, ROOT, *command.split(), "--device", "cpu"]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
+def test_the_memory_of_a_system_that_does_not_tell(monkeypatch):
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert device.device_memory(torch.device("cpu")) == 16 * 2**30
