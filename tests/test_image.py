@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import GOLDEN
+from conftest import GOLDEN, assert_close
+from data import image
 from data.image import FITS, MEAN_COLOR, augment, load_image, to_pixels
 
 
@@ -21,12 +23,14 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    """A chunk of a PNG file."""
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG file that claims a size and has hardly any pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
@@ -51,7 +55,7 @@ def test_golden_pixels():
         size = {"owl1": 224, "owl2": 448}[variant]
         pixels = to_pixels(load_image(GOLDEN / "text" / "images" / name), size, fit)
         assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
-        torch.testing.assert_close(pixels[:, ::7, ::7], expected, rtol=0, atol=1e-6, msg=lambda text: f"{key}: {text}")
+        assert_close(pixels[:, ::7, ::7], expected, 1e-6, name=key)
     assert {key.split("/")[1] for key in golden} == set(FITS)
 
 
@@ -147,8 +151,8 @@ def test_missing_folder_pipe_and_unusual_names(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.png"):
         load_image(tmp_path / "nothing.png")
     os.mkfifo(tmp_path / "pipe.png")
-    for name in (".", "x" * 5000, "nul\0.png", "pipe.png"):
-        with pytest.raises(ValueError):
+    for name in (".", "x" * 5000, "nul\0.png", "pipe.png", "/dev/zero"):
+        with pytest.raises((ValueError, OSError)):
             load_image(tmp_path / name)
 
 
@@ -161,7 +165,9 @@ def half_of(suffix: str) -> bytes:
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
 UNUSABLE = [(start, "") for start in (b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0")]
 UNUSABLE += [(png_header(0, 5), ""), (POSTSCRIPT, "PostScript")]
-UNUSABLE += [(png_header(*size), "bomb") for size in ((10_000, 10_000), (60_000, 60_000), (2_000_000_000, 1))]
+UNUSABLE += [(png_header(*size), "bomb") for size in ((15_000, 12_000), (60_000, 60_000), (2_000_000_000, 1))]
+UNUSABLE += [(b"\0\0\0\x18ftyp" + brand + bytes(50), "convert") for brand in (b"heic", b"mif1", b"avif")]
+UNUSABLE += [(b"\0\0\0\x18ftypheic" + bytes(50), "HEIC")]
 UNUSABLE += [(half_of(suffix), "") for suffix in ("png", "jpeg", "tiff", "bmp", "webp")]
 
 
@@ -226,3 +232,101 @@ def test_augment_crops_and_mirrors():
 def test_augment_takes_the_center_of_an_elongated_image(width, height):
     crop = augment_with(0, Image.new("RGB", (width, height)))
     assert 1 <= min(crop.size) and max(crop.size) <= max(1, 1.4 * min(width, height))
+
+
+def exif_block(*fields: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block with fields of (tag, type, count, 4 bytes)."""
+    packed = b"".join(struct.pack("<HHI4s", *field) for field in fields)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(fields)) + packed + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("field", [(0x0131, 11, 1, struct.pack("<f", -1)), (0x0111, 2, 4, b"abc\0")])
+def test_only_the_orientation_of_an_exif_block_matters(tmp_path, suffix, field):
+    """The other field has a type that its tag does not allow."""
+    path = tmp_path / f"image.{suffix}"
+    noise(32, 16).save(path, exif=orientation(6))
+    expected = load_image(path)
+    noise(32, 16).save(path, exif=exif_block((0x0112, 3, 1, struct.pack("<HH", 6, 0)), field))
+    assert expected.size == (16, 32) and load_image(path).tobytes() == expected.tobytes()
+
+
+METADATA = {
+    "unpacks to 2 MiB": chunk(b"iTXt", b"XML\0\1\0\0\0" + zlib.compress(b"x" * 2_000_000)),
+    "wrong checksum": chunk(b"tEXt", b"Comment\0hello", crc=0),
+    "not packed": chunk(b"zTXt", b"Comment\0\0hello") + chunk(b"iCCP", b"profile\0\0hello"),
+    "EXIF block": chunk(b"eXIf", b"garbage"),
+    "EXIF block with a wrong checksum": chunk(b"eXIf", exif_block()[6:], crc=0),
+}
+
+
+@pytest.mark.parametrize("metadata", METADATA.values(), ids=METADATA)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_metadata_of_a_png_does_not_matter(metadata, is_before):
+    file = io.BytesIO()
+    exif = None if b"eXIf" in metadata else orientation(6)
+    noise(32, 16).save(file, "png", exif=exif)
+    png = file.getvalue()
+    start = 33 if is_before else len(png) - 12  # after IHDR, or before IEND
+    loaded = load_image(png[:start] + metadata + png[start:])
+    expected = noise(32, 16) if exif is None else noise(32, 16).transpose(Image.Transpose.ROTATE_270)
+    assert loaded.tobytes() == expected.tobytes() and loaded.size == expected.size
+
+
+@pytest.mark.parametrize("fit", ["square", "pad"])
+@pytest.mark.parametrize("width, height", [(301, 97), (97, 301), (300, 299), (200, 3)])
+def test_a_large_image_is_resized_in_bands_to_the_same_pixels(monkeypatch, fit, width, height):
+    picture, longer = noise(width, height), max(width, height)
+    expected = to_pixels(picture, 28, fit)
+    largest, real_resize = [], image.resize
+    monkeypatch.setattr(image, "resize", lambda *args: largest.append(args[1] * args[2]) or real_resize(*args))
+    monkeypatch.setattr(image, "MAX_PIXELS", 200 * 200 - 1)
+    assert torch.equal(to_pixels(picture, 28, fit), expected)
+    assert len(largest) > 3 and max(largest) <= longer * image.BAND
+
+
+@pytest.mark.parametrize(
+    "levels, dtype, expected",
+    [
+        ([0, 51, 255], np.int32, [0, 51, 255]),
+        ([0, 819, 4095], np.uint16, [0, 51, 255]),  # 12 bits
+        ([-1024, 0, 4095], np.int32, [0, 51, 255]),  # CT
+        ([np.nan, 2e6, 1e7], np.float32, [0, 51, 255]),
+        ([-3.4e38, 0.2, 1], np.float32, [0, 51, 255]),
+        ([0, 0, 0], np.int32, [0, 0, 0]),
+    ],
+)
+def test_gray_images_are_scaled_by_their_range(tmp_path, levels, dtype, expected):
+    Image.fromarray(np.array([levels], dtype=dtype)).save(tmp_path / "image.tif")
+    assert red_channel(tmp_path / "image.tif").tolist() == [expected]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_image_that_only_transparency_shows_is_noticed(tmp_path, mode):
+    """Black writing on a transparent background: without transparency all is black."""
+    path = tmp_path / "image.png"
+    picture = Image.new(mode, (8, 8))
+    picture.paste(Image.new(mode, (4, 4), "black"), (2, 2))
+    picture.save(path)
+    with pytest.warns(UserWarning, match="transparency") as caught:
+        assert not np.asarray(load_image(path)).any()
+    assert str(path) in str(caught[0].message)
+
+    for background in ((255, 255, 255, 0), (0, 0, 0, 255)):  # black on white, or black on black without transparency
+        picture = Image.new("RGBA", (8, 8), background)
+        picture.paste("black", (2, 2, 6, 6))
+        picture.save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_image(path)
+
+
+def test_a_git_lfs_pointer_and_a_giant_file_are_refused(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        load_image(path)
+    path.write_bytes(png_header(8, 8))
+    os.truncate(path, 3_000_000_000)  # a sparse file
+    with pytest.raises(ValueError, match="bytes"):
+        load_image(path)
