@@ -24,8 +24,9 @@ from data.conversations import Conversations, Sample, SampleSpec, Skipped, count
 from data.image import DEFAULT_FIT, FITS
 from data.mix import Mixture
 from data.text import Tokenizer
+from files import printable, read_json, reading
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID
-from weights import config_from_hf, read_json, reading
+from weights import config_from_hf
 
 N_EXAMPLE = 5  # reasons that are shown for each kind of skipped row
 
@@ -35,7 +36,7 @@ def check(data: Mixture, n_show: int = 3) -> int:
     n_unusable = 0
     for source, n_slot in zip(data.sources, data.n_slot):
         if len(data.sources) > 1:
-            print(f"{source.path}: {n_slot / sum(data.n_slot):.2%} of the samples")
+            print(f"{printable(source.path)}: {n_slot / sum(data.n_slot):.2%} of the samples")
         n_unusable += check_source(source, n_show)
     return n_unusable
 
@@ -81,6 +82,7 @@ def format_sample(sample: Sample, tokenizer: Tokenizer) -> str:
     for (is_image, is_supervised), run in groupby(pairs, lambda p: (p[0] == IMAGE_TOKEN_ID, p[1] != IGNORE_INDEX)):
         ids = [token for token, _ in run]
         part = f"<image: {len(ids)} positions>" if is_image else tokenizer.show(ids)
+        part = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in part)
         text += f"[[{part}]]" if is_supervised else part
     return text
 

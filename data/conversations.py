@@ -15,7 +15,7 @@ import os
 import random
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from torch.utils.data import Dataset
 
 from data import CAPTION_REQUEST
 from data.image import DEFAULT_FIT, augment, load_image, to_pixels
-from data.sources import Unusable, open_rows
+from data.sources import Unusable, open_rows, standard_row
 from data.text import IMAGE_PLACEHOLDER, Tokenizer, expand_images, render_conversation
+from files import printable
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID, OwlConfig
 
 MAX_REASON = 500  # characters
@@ -124,6 +125,7 @@ class Conversations(Dataset):
         self.path = path
         self.spec = spec
         self.image_root = Path(image_root) if image_root else Path(path).parent
+        self.real_root = os.path.realpath(self.image_root)
         self.rows = open_rows(path, merge=merge, index=index, n_worker=n_worker)
         self.broken = self.rows.broken
 
@@ -134,23 +136,27 @@ class Conversations(Dataset):
         """Estimates the positions of a sample without tokenizing or opening anything, to balance micro-batches."""
         return max(1, min(self.rows.approx_length(index, self.spec.n_visual_tokens), self.spec.max_length))
 
+    def fingerprint(self) -> str:
+        """Identifies the rows and their order, whatever the path: a resumed run compares it."""
+        return self.rows.fingerprint()
+
     def __getitem__(self, key: tuple[int, int]) -> Sample | Skipped:
         seed, index = key
         try:
-            return self._make_sample(self.rows[index], seed)
-        except ValueError as error:
-            kind = error.kind if isinstance(error, Unusable) else "malformed row"
-            # The reason is made printable: an "image" may be megabytes long or hold a lone surrogate.
-            reason = " ".join(f"{self.rows.name(index)}: {error}".split())[:MAX_REASON]
-            return Skipped(kind, reason.encode(errors="backslashreplace").decode())
+            return self._make_sample(index, seed)
+        except Unusable as error:
+            reason = f"{self.rows.name(index)}: {error}"[: 2 * MAX_REASON]  # an "image" may be megabytes long
+            return Skipped(error.kind, printable(reason)[:MAX_REASON])
 
-    def _make_sample(self, row: object, seed: int) -> Sample:
-        """Renders a row and loads its images. Raises ValueError, or Unusable where it is not a malformed row."""
-        conversation, images = parse_row(row, seed)
-        ids, labels = render_conversation(conversation, self.spec.tokenizer, self.spec.variant)
-        n_placeholder = ids.count(IMAGE_TOKEN_ID)
-        if n_placeholder != len(images):
-            raise ValueError(f"the text has {n_placeholder} image placeholders, but the row has {len(images)} images")
+    def _make_sample(self, index: int, seed: int) -> Sample:
+        """Renders a row and loads its images. Raises Unusable; a ValueError would be a bug."""
+        try:
+            conversation, images = parse_row(self.rows[index], seed)
+            ids, labels = render_conversation(conversation, self.spec.tokenizer, self.spec.variant)
+            if (n := ids.count(IMAGE_TOKEN_ID)) != len(images):
+                raise ValueError(f"the text has {n} image placeholders (<image>), but the row has {len(images)} images")
+        except ValueError as error:
+            raise error if isinstance(error, Unusable) else Unusable("malformed row", str(error)) from None
         ids, labels, n_cut = fit_length(ids, labels, self.spec)
         if count_supervised(labels) == 0:
             raise Unusable("nothing supervised", "it has no supervised token")
@@ -173,29 +179,30 @@ class Conversations(Dataset):
                 raise Unusable("unreadable image", str(error)) from None
         return torch.cat(pixels)
 
-    def _resolve(self, path: str) -> Path:
-        """The file of a row's image path. Raises Unusable if it is outside image_root or missing."""
-        if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
-            raise Unusable("image outside its folder", f"{path} is not below the image folder")
-        if not os.path.isfile(self.image_root / path):
-            raise Unusable("missing image", f"there is no image {self.image_root / path}")
-        return self.image_root / path
+    def _resolve(self, path: str) -> str:
+        """The file of a row's image path. Raises Unusable if it is missing or, after links, outside image_root."""
+        path = os.path.join(self.image_root, path)
+        try:
+            file = os.path.realpath(path)
+        except ValueError:  # a null byte or a lone surrogate
+            file = ""
+        if file and not file.startswith(os.path.join(self.real_root, "")):
+            reason = f"{path} is or links to {file}, outside the image folder {self.real_root} (see --image-root)"
+            raise Unusable("image outside its folder", reason)
+        if not os.path.isfile(file):
+            raise Unusable("missing image", f"there is no image {path}")
+        return file
 
 
 def parse_row(row: object, seed: int) -> tuple[object, list[str | bytes]]:
     """Returns the conversation of a row, in LLaVA's or Owl1's format, and its images. Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError(row if isinstance(row, str) else "a row should be a JSON object")
-    images = row.get("image")
-    images = [images] if isinstance(images, str) else (images or [])
-    if not isinstance(images, list) or not all(isinstance(image, str | bytes) for image in images):
-        raise ValueError("image should be a path or a list of paths")
-    conversation = row.get("conversations") if row.get("text") is None else row["text"]
+    row = standard_row(row)
+    conversation = row["conversations"] if row.get("text") is None else row["text"]
     if conversation is None and row.get("caption") is not None:
         conversation = caption_turns(row["caption"], seed)
     if conversation is None:
         raise ValueError("it has neither a conversation nor a caption")
-    return conversation, images
+    return conversation, row["image"]
 
 
 def caption_turns(captions: object, seed: int) -> list[dict]:
@@ -213,14 +220,17 @@ def caption_turns(captions: object, seed: int) -> list[dict]:
 
 def fit_length(ids: list[int], labels: list[int], spec: SampleSpec) -> tuple[list[int], list[int], int]:
     """Removes whole turns from the end to meet max_length, and expands the images. Returns ids, labels, n_cut."""
+    lengths = list(accumulate(spec.n_visual_tokens if token == IMAGE_TOKEN_ID else 1 for token in ids))
     n_cut = 0
-    while (length := len(ids) + ids.count(IMAGE_TOKEN_ID) * (spec.n_visual_tokens - 1)) > spec.max_length:
-        # Each answer ends with a supervised </s>: keep everything up to the last but one.
+    if lengths[-1] > spec.max_length:
+        # Each answer ends with a supervised </s>: keep everything up to the last one that fits.
         ends = [i for i, label in enumerate(labels) if label == spec.tokenizer.eos_id]
-        if len(ends) < 2:
-            raise Unusable("too long", f"its first turn takes {length} positions, more than {spec.max_length}")
-        ids, labels = ids[: ends[-2] + 1], labels[: ends[-2] + 1]
-        n_cut += 1
+        fitting = [end for end in ends if lengths[end] <= spec.max_length]
+        if not fitting:
+            n = lengths[ends[0] if ends else -1]
+            raise Unusable("too long", f"its first turn takes {n} positions, more than {spec.max_length}")
+        ids, labels = ids[: fitting[-1] + 1], labels[: fitting[-1] + 1]
+        n_cut = len(ends) - len(fitting)
     return *expand_images(ids, labels, spec.n_visual_tokens), n_cut
 
 

@@ -17,11 +17,16 @@ import hashlib
 import heapq
 import math
 import multiprocessing
+import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.conversations import Batch, Conversations, Sample, Skipped, collate
@@ -179,28 +184,74 @@ class BatchSampler:
                     yield keys
 
 
-def load_batches(data: Mixture, sampler: BatchSampler | list, *, n_worker: int, pin_memory: bool) -> Iterator[Batch]:
-    """Loads the sampler's batches in its order, in n_worker processes (0: in this one)."""
+def load_batches(
+    data: Mixture,
+    sampler: BatchSampler | list,
+    *,
+    n_worker: int,
+    pin_memory: bool,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[Batch]:
+    """Loads the sampler's batches in its order, in n_worker processes (0: in this one).
+
+    on_wait is called every second while a batch is awaited, and may raise. Raises OSError if a batch does not fit the
+    shared memory, through which workers send them.
+    """
     loader = DataLoader(
         data,
         batch_sampler=sampler,
         num_workers=n_worker,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_prepare_worker,
+        timeout=min(n_worker, 1),
     )
-    batches = iter(loader)
+    batches = iter(loader)  # starts the workers
     atexit.register(_kill_workers)
-    return batches
+    Finalize(None, _kill_workers, exitpriority=10)  # a process that multiprocessing started ends without atexit
+    return _receive(batches, on_wait)
 
 
-def _ignore_signals(worker: int) -> None:
+def _receive(batches: Iterator[Batch | Exception], on_wait: Callable[[], None]) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            try:
+                on_wait()
+            except BaseException:
+                _kill_workers()  # torch would wait 5 s for each of them
+                raise
+            continue
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _prepare_worker(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach all processes of a run; the current step still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Python prints the error of a thread that sends, and drops what it sent: the batch would be awaited for ever.
+    Queue._on_queue_feeder_error = _send_error
+
+
+def _send_error(queue: Queue, error: Exception, item: tuple[int, Batch]) -> None:
+    """Sends an error in place of an item of a worker's queue: a batch and its number."""
+    if "shared memory" in str(error):
+        size = sum(x.nbytes for x in vars(item[1]).values() if isinstance(x, Tensor)) / 1e6
+        free = shutil.disk_usage("/dev/shm").free / 1e6 if os.path.isdir("/dev/shm") else 0
+        reason = f"a batch of {size:,.0f} MB does not fit into /dev/shm, through which workers send it and which has "
+        error = OSError(f"{reason}{free:,.0f} MB left: enlarge it (docker run --shm-size=8g), or give --workers 0")
+    queue.put((item[0], error))
 
 
 def _kill_workers() -> None:
     """Python would end workers by SIGTERM, which they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
     for process in multiprocessing.active_children():
         process.kill()

@@ -17,6 +17,7 @@ When it is opened, shards that are new or have changed are scanned again. To bui
 
     python -m data.shards 'laion/*.tar' --workers 16                     # into laion/owlet-index
     python -m data.shards 'laion/*.tar' --workers 16 --index elsewhere   # if laion is not writable
+    python -m data.shards 'laion/{00000..41407}.tar'                     # WebDataset's pattern; each must exist
 
 One core scans about 16,000 members per second. Exit code: 0; 1 if shards are broken, which are listed; 2 for an error.
 """
@@ -25,9 +26,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
-import stat
 import sys
 import tarfile
 import time
@@ -44,12 +45,17 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
+from files import check_file, printable
+
 BLOCK = tarfile.BLOCKSIZE
 MAX_SHARD = 2**32 * BLOCK  # bytes: what a uint32 can address
 MAX_SAMPLE = 2**28  # bytes, headers included, so that a wrong one does not fill the memory
 MAX_HEADER = 2**16  # bytes of an extended header, which holds the name of a member
 MAX_PADDING = 2**20  # bytes after the end marker: tar pads to 10 KiB
 EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")  # numbers of shards: {00000..00331}
+MAX_SHARDS = 1_000_000  # of one pattern
 
 State = tuple[str, int, int]  # a shard, to notice changes: name below the root, bytes, modification time in ns
 
@@ -126,8 +132,10 @@ def scan(path: str) -> Scan:
     try:
         status = os.stat(path)
         size, mtime = status.st_size, status.st_mtime_ns
-        if not stat.S_ISREG(status.st_mode) or size > MAX_SHARD:  # opening a pipe would block
-            raise Broken("it is not a file of at most 2 TiB")
+        try:
+            check_file(path, MAX_SHARD)
+        except ValueError as error:
+            raise Broken(str(error)) from None
         with open(path, "rb") as file:
             for member in read_members(file, 0):
                 key, _ = split_name(member.name)
@@ -271,7 +279,7 @@ class Shards:
         if self.index is None or self.index.states != states:
             self.index = write_index(path, self.root, states, self.index, n_worker)
         self.broken = [
-            f"{name}: {self.index.reasons[name]}; only its first {n:,} samples are used"
+            f"{printable(name)}: {printable(self.index.reasons[name])}; only its first {n:,} samples are used"
             for (name, _, _), n in zip(self.index.states, self.index.counts)
             if name in self.index.reasons
         ]
@@ -323,15 +331,37 @@ def read_sample(file: BinaryIO, start: int) -> dict[str, bytes]:
     return sample
 
 
+def is_pattern(path: str) -> bool:
+    """Whether a path has a wildcard or a range of numbers and is not the name of a file."""
+    return bool(re.search(r"[*?[]", path) or BRACES.search(path)) and not os.path.isfile(path)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Writes out ranges of numbers: "{08..10}.tar" -> "08.tar", "09.tar", "10.tar". Raises ValueError."""
+    patterns = [pattern]
+    while found := BRACES.search(patterns[0]):
+        first, last = (int(number[:18]) for number in found.groups())
+        if not 0 < (last - first + 1) * len(patterns) <= MAX_SHARDS:
+            raise ValueError(f"{pattern} is a range of no or more than {MAX_SHARDS:,} shards")
+        width = len(found[1])
+        patterns = [BRACES.sub(f"{n:0{width}}", text, count=1) for text in patterns for n in range(first, last + 1)]
+    return patterns
+
+
 def find_shards(pattern: str) -> tuple[Path, list[State]]:
-    """The folder that a pattern begins with, and the shards that match, sorted by name. Raises FileNotFoundError."""
+    """The folder that a pattern begins with, and the shards that match, sorted by name. Raises FileNotFoundError.
+
+    A shard of a range that does not exist is among them; its scan says so.
+    """
     root = path = Path(pattern)
     if path.is_file():
         return path.parent, [read_state(path.parent, path.name)]
-    while glob.escape(str(root)) != str(root):  # it has a wildcard
+    while is_pattern(str(root)):
         root = root.parent
-    names = sorted(glob.glob(str(path.relative_to(root)), root_dir=root)) if root != path else []
-    states = [read_state(root, name) for name in names if not (root / name).is_dir()]
+    names: set[str] = set()
+    for part in expand_braces(str(path.relative_to(root))) if root != path else []:
+        names |= set(glob.glob(part, root_dir=root)) if glob.escape(part) != part else {part}
+    states = [read_state(root, name) for name in sorted(names) if not (root / name).is_dir()]
     if not states:
         raise FileNotFoundError(f"there is no shard {pattern} (a tar, or a pattern in quotes such as 'laion/*.tar')")
     return root, states

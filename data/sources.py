@@ -8,20 +8,38 @@ Owl1's, or a captioned image:
     {"image": ["7.jpg"], "text": "The following is ...\\nHuman: <image>\\nHuman: What is this?\\nAI: A cat."}
     {"image": "7.jpg", "caption": ["A cat.", "A cat on a mat."]}
 
-`image` is a path below the image folder, or a list of paths; a text-only row has none. `caption` is one text, or a
-list that one is sampled from. In tar shards (data/shards.py) an image is a member of the archive, with its text in
-the member .json, a row as above, or else .txt, a caption.
+`image` (or `images`) is a path below the image folder, or a list of paths; a text-only row has none. `caption` is one
+text, or a list that one is sampled from. OpenAI's format is converted to LLaVA's; a system message becomes the first
+paragraph of the first question, and an image_url is a path or a data URL:
+
+    {"images": ["7.jpg"], "messages": [{"role": "user", "content": "<image>What is this?"},
+                                       {"role": "assistant", "content": "A cat."}]}
+
+In tar shards (data/shards.py) an image is a member of the archive, with its text in the member .json, a row as above,
+or else .txt, a caption.
 """
 
+import base64
+import glob
+import hashlib
 import json
+import os
 import re
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.shards import Broken, Shards
+import numpy as np
+
+from data.shards import Broken, Shards, is_pattern
 from data.text import IMAGE_PLACEHOLDER, llava_turns
-from weights import reading
+from files import read_bytes, reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members of a tar
+MAX_FILE = 64_000_000_000  # bytes of a data file, which is kept in memory
+# Fields whose images or videos would be missing from a row that is otherwise text.
+UNREAD_FIELD = re.compile(r"(image|img|picture|photo|video|audio)s?(_?(path|file|url|name)s?)?", re.IGNORECASE)
+BOM = b"\xef\xbb\xbf"
 CAPTION_LENGTH = 40  # approximate number of tokens of a caption and its request
 
 
@@ -33,68 +51,159 @@ class Unusable(ValueError):
         self.kind = kind
 
 
-def read_rows(path: str | Path) -> list:
+class JsonRows(Sequence):
+    """The rows of a data file: its bytes, parsed when a row is read, so that forked processes share the memory.
+
+    bounds: [n, 2] int64, the first and the last byte + 1 of each row. lines: [n], its line in a .jsonl.
+    """
+
+    def __init__(self, content: bytes, bounds: np.ndarray, lines: np.ndarray | None = None):
+        self.content = content
+        self.bounds = bounds
+        self.lines = lines
+
+    @classmethod
+    def of_lines(cls, content: bytes) -> "JsonRows":
+        ends = np.append(np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")), len(content))
+        starts = np.append(len(BOM) if content.startswith(BOM) else 0, ends[:-1] + 1)
+        is_row = [bool(content[start:end].strip()) for start, end in zip(starts.tolist(), ends.tolist())]
+        return cls(content, np.stack([starts, ends], axis=1)[is_row], np.flatnonzero(is_row) + 1)
+
+    @classmethod
+    def of_list(cls, content: bytes) -> "JsonRows":
+        """Finds the elements of a JSON list. Raises ValueError."""
+        # In Latin-1 a byte is a character, and quotes and brackets are those of UTF-8: positions are those of bytes.
+        text = content.decode("latin-1")
+        skip_spaces = re.compile(r"[ \t\n\r]*").match
+        decoder = json.JSONDecoder()
+        at = skip_spaces(text, len(BOM) if content.startswith(BOM) else 0).end()
+        if text[at : at + 1] != "[":
+            raise ValueError("it should be a list (or, with one object per line, be named .jsonl)")
+        if text.startswith("]", skip_spaces(text, at + 1).end()):
+            raise ValueError("it should be a list of at least one conversation")
+        bounds = array("q")
+        separator = ","
+        while separator == ",":
+            start = skip_spaces(text, at + 1).end()
+            _, end = decoder.raw_decode(text, start)
+            bounds.extend((start, end))
+            at = skip_spaces(text, end).end()
+            separator = text[at : at + 1]
+        if separator != "]" or text[at + 1 :].strip():
+            raise ValueError(f"it is not valid JSON at byte {at:,}")
+        return cls(content, np.array(bounds).reshape(-1, 2))
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> object:
+        """Parses a row. Returns a string with the error if it is not valid JSON."""
+        start, end = self.bounds[index].tolist()
+        try:
+            return json.loads(self.content[start:end].decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            name = "it" if self.lines is None else f"line {self.lines[index]}"
+            return f"{name} is not valid JSON: {error}"
+
+
+def read_rows(path: str | Path) -> JsonRows:
     """Reads a data file. A line of a .jsonl that is not valid JSON becomes a string that says why.
 
     Raises FileNotFoundError, or ValueError for a file that is no list of rows. The rows are not checked yet.
     """
     with reading(path):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if Path(path).suffix == ".jsonl":
-            rows = [parse_line(line, i + 1) for i, line in enumerate(text.split("\n")) if line.strip()]
-        else:
-            rows = json.loads(text)
-        if not isinstance(rows, list) or not rows:
+        content = read_bytes(path, MAX_FILE)
+        rows = (JsonRows.of_lines if Path(path).suffix == ".jsonl" else JsonRows.of_list)(content)
+        if not rows:
             raise ValueError("it should be a list of at least one conversation")
     return rows
 
 
-def parse_line(line: str, number: int) -> object:
-    """Parses one line of a .jsonl. Returns a string with the error if it is not valid JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"line {number} is not valid JSON: {error}"
+def standard_row(row: object) -> dict:
+    """Converts a row to the fields `image`, a list, and `conversations`, `text` or `caption`. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(row if isinstance(row, str) else "a row should be a JSON object")
+    images = row.get("image") or row.get("images") or []
+    images = [images] if isinstance(images, str) else images
+    turns = row.get("messages") if row.get("conversations") is None else row["conversations"]
+    if isinstance(turns, list) and any(isinstance(turn, dict) and "role" in turn for turn in turns):
+        turns, found = openai_turns(turns)
+        images = found or images
+    if not isinstance(images, list) or not all(isinstance(image, str | bytes) for image in images):
+        raise ValueError("image should be a path or a list of paths")
+    if not images:
+        for name, value in row.items():
+            if value and isinstance(value, str | list | dict) and UNREAD_FIELD.fullmatch(name):
+                raise Unusable("unread field", f"{name} is not read: a row names its images in `image`")
+    return {**row, "image": images, "conversations": turns}
 
 
-def merge_by_image(rows: list) -> list:
+def openai_turns(messages: list) -> tuple[list[dict], list[str | bytes]]:
+    """Converts OpenAI's messages to LLaVA's turns, and the images of their image_url. Raises ValueError."""
+    turns: list[dict] = []
+    images: list[str | bytes] = []
+    system = ""
+    for i, message in enumerate(messages):
+        message = message if isinstance(message, dict) else {}
+        role, parts = message.get("role"), message.get("content")
+        text = ""
+        for part in parts if isinstance(parts, list) else [{"type": "text", "text": parts}]:
+            match part:
+                case {"type": "text", "text": str(content)}:
+                    text += content
+                case {"type": "image_url", "image_url": {"url": str(url)}}:
+                    text += "<image>"
+                    images.append(base64.b64decode(url.partition(",")[2]) if url.startswith("data:") else url)
+                case _:
+                    raise ValueError(f"message {i} has a part that is neither text nor image_url")
+        if role == "system" and i == 0:
+            system = text + "\n"
+        else:
+            turns.append({"from": {"user": "human", "assistant": "gpt"}.get(str(role), role), "value": text})
+    if turns:
+        turns[0]["value"] = system + turns[0]["value"]
+    return turns, images
+
+
+def merge_by_image(rows: Sequence) -> Iterator[object]:
     """Merges conversations about the same image into one, in the order of the file, as in Owl2's training.
 
     The first one keeps its id, its position and its image placeholder; the placeholders of the others are removed.
     Only rows in LLaVA's format with exactly one placeholder, in their first question and not all of it, are merged.
     All other rows, including malformed ones, stay as they are.
     """
-    merged = []
-    first_with: dict[str, dict] = {}  # image: the row that the others are merged into
-    for row in rows:
-        image = mergeable_image(row)
-        if image is None:
-            merged.append(row)
-        elif image not in first_with:
-            first_with[image] = {**row, "conversations": list(row["conversations"])}
-            merged.append(first_with[image])
-        else:
-            question, *others = row["conversations"]
-            text = re.sub(rf"\s*({IMAGE_PLACEHOLDER.pattern})\s*", " ", question["value"]).strip()
-            first_with[image]["conversations"] += [{**question, "value": text}, *others]
-    return merged
+    images = [mergeable_image(row) for row in rows]
+    members: dict[str, list[int]] = {}  # image: its rows
+    for index, image in enumerate(images):
+        if image is not None:
+            members.setdefault(image, []).append(index)
+    for index, image in enumerate(images):
+        if image is None or members[image] == [index]:
+            yield rows[index]
+        elif members[image][0] == index:
+            merged = standard_row(rows[index])
+            merged = {**merged, "image": image, "conversations": list(merged["conversations"])}
+            for other in members[image][1:]:
+                question, *others = standard_row(rows[other])["conversations"]
+                # Without a regular expression, which would be quadratic in the length of a run of spaces.
+                text = " ".join(part.strip() for part in IMAGE_PLACEHOLDER.split(question["value"])).strip()
+                merged["conversations"] += [{**question, "value": text}, *others]
+            yield merged
 
 
 def mergeable_image(row: object) -> str | None:
     """The image of a row that merge_by_image may merge, else None."""
-    if not isinstance(row, dict) or row.get("text") is not None:
-        return None
-    image = row.get("image")
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
     try:
-        turns = llava_turns(row.get("conversations"))
+        row = standard_row(row)
+        turns = llava_turns(row["conversations"])
         "".join(turns).encode()  # a lone surrogate would make the whole merged conversation unusable
     except ValueError:
         return None
     first, *others = (len(IMAGE_PLACEHOLDER.findall(turn)) for turn in turns)
     is_only_image = not IMAGE_PLACEHOLDER.sub("", turns[0]).strip()
-    return image if isinstance(image, str) and first == 1 and not any(others) and not is_only_image else None
+    if row.get("text") is not None or len(row["image"]) != 1 or first != 1 or any(others) or is_only_image:
+        return None
+    return row["image"][0] if isinstance(row["image"][0], str) else None
 
 
 class FileRows:
@@ -103,9 +212,11 @@ class FileRows:
     broken: list[str] = []  # as TarRows.broken: a file is read as a whole or not at all
 
     def __init__(self, path: str | Path, merge: bool):
-        rows = read_rows(path)
-        self.rows = merge_by_image(rows) if merge else rows
+        self.rows = read_rows(path)
         self.label = f"{path}, {'merged row' if merge else 'row'}"  # a merged row has another number than in the file
+        if merge:
+            with reading(path):
+                self.rows = JsonRows.of_lines(b"\n".join(json.dumps(row).encode() for row in merge_by_image(self.rows)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,17 +229,22 @@ class FileRows:
         row_id = f" (id {str(row['id'])[:80]})" if isinstance(row, dict) and "id" in row else ""
         return f"{self.label} {index}{row_id}"
 
+    def fingerprint(self) -> str:
+        """Identifies the content of the rows and their order, whatever the path of the file."""
+        return f"{len(self)} {hashlib.sha256(self.rows.content).hexdigest()}"
+
     def approx_length(self, index: int, n_visual_tokens: int) -> int:
         """Estimates the tokens of a row, malformed or not: four characters per token, plus the visual tokens."""
-        row = self.rows[index]
-        if not isinstance(row, dict):
+        try:
+            row = standard_row(self.rows[index])
+        except ValueError:
             return 1
-        turns, captions, image = row.get("conversations"), row.get("caption"), row.get("image")
+        turns, captions = row["conversations"], row.get("caption")
         texts = [row.get("text"), *(captions[:1] if isinstance(captions, list) else [captions])]
         if isinstance(turns, list):
             texts += [turn.get("value") for turn in turns if isinstance(turn, dict)]
-        n_image = len(image) if isinstance(image, list) else isinstance(image, str)
-        return sum(len(text) for text in texts if isinstance(text, str)) // 4 + n_image * n_visual_tokens
+        n_char = sum(len(text) for text in texts if isinstance(text, str))
+        return n_char // 4 + len(row["image"]) * n_visual_tokens
 
 
 class TarRows:
@@ -154,6 +270,11 @@ class TarRows:
     def name(self, index: int) -> str:
         return str(self.shards.root / self.shards.name(index))
 
+    def fingerprint(self) -> str:
+        """Identifies the shards by their names and sizes, whatever their folder and modification times."""
+        states = [(name, size) for name, size, _ in self.shards.index.states]
+        return f"{len(self)} {hashlib.sha256(json.dumps(states).encode()).hexdigest()}"
+
     def approx_length(self, index: int, n_visual_tokens: int) -> int:
         return n_visual_tokens + CAPTION_LENGTH
 
@@ -165,16 +286,26 @@ def row_of(members: dict[str, bytes]) -> dict:
         raise ValueError(f"it has {len(images)} images, and may have one")
     with reading("its .json"):
         row = json.loads(members.get("json", b"{}"))
-        row = {**row, "image": images}  # a TypeError unless it is a JSON object
-    if all(row.get(key) is None for key in ("text", "conversations", "caption")) and "txt" in members:
+        wants_image = row.get("image") or row.get("images")  # an AttributeError unless it is a JSON object
+        row = {**row, "image": images, "images": None}
+    texts = [name for name in ("text", "conversations", "messages", "caption") if row.get(name) is not None]
+    if not texts and "txt" in members:
         with reading("its .txt"):
             row["caption"] = members["txt"].decode("utf-8-sig")
+        texts = ["caption"]
+    if not texts or (not images and (texts == ["caption"] or wants_image)):
+        found = ", ".join(f".{extension}" for extension in members)
+        raise ValueError(
+            f"its only members are {found}: it needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt) or "
+            "a row (.json), next to each other in the tar (sorted by name, as tar --sort=name does)"
+        )
     return row
 
 
 def open_rows(path: str | Path, *, merge: bool, index: str | Path | None, n_worker: int) -> FileRows | TarRows:
-    """Opens a data file, or tar shards: one .tar, or a pattern that is not the name of a file."""
-    is_pattern = any(sign in str(path) for sign in "*?[") and not Path(path).is_file()
-    if is_pattern or str(path).endswith(".tar"):
+    """Opens a data file, or tar shards: one .tar, a folder of them, or a pattern that is not the name of a file."""
+    if os.path.isdir(path):
+        path = os.path.join(glob.escape(str(path)), "*.tar")
+    if is_pattern(str(path)) or str(path).endswith(".tar"):
         return TarRows(path, index, n_worker)
     return FileRows(path, merge)

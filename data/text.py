@@ -31,8 +31,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from files import read_bytes, read_json, reading
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID
-from weights import read_json, reading
 
 IMAGE_PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
 OWL1_SYSTEM = (
@@ -43,23 +43,28 @@ HUMAN = "\nHuman: "
 AI = "AI: "
 Segment = tuple[str | int, bool]  # a text, IMAGE_TOKEN_ID or EOS; whether it is supervised
 EOS = -1  # stands for </s> in a list of segments; no token has this id
-SEPARATOR = "\x01"  # a character that SentencePiece merges with no other
+MAX_TOKENIZER = 100_000_000  # bytes; LLaMA's has 500,000
 
 
 class Tokenizer:
     """LLaMA's tokenizer.
 
     path: a folder with tokenizer.model, or that file. `legacy` in the tokenizer_config.json beside it (default: true)
-    selects LLaMA's old behavior: text after a </s> begins with an extra space.
-    Raises FileNotFoundError, or ValueError if a file cannot be read.
+    selects LLaMA's old behavior: text after a </s> begins with an extra space. Without it, text is tokenized as by
+    transformers 4.31, the version of the released code; later versions have other tokens there.
+    Raises FileNotFoundError, or ValueError if a file cannot be read or has no <s> or </s>.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
         path = path / "tokenizer.model" if path.is_dir() else path
+        if path.with_name("tokenizer.json").exists() and not path.exists():
+            raise ValueError(f"{path} is missing, and tokenizer.json is not read: copy it from the original model")
         with reading(path):
             self.processor = SentencePieceProcessor()
-            self.processor.LoadFromSerializedProto(path.read_bytes())
+            self.processor.LoadFromSerializedProto(read_bytes(path, MAX_TOKENIZER))
+            if self.processor.bos_id() < 0 or self.processor.eos_id() < 0:
+                raise ValueError("it has no <s> or no </s>: it is not a tokenizer of LLaMA")
         self.path = path
         config = path.with_name("tokenizer_config.json")
         self.legacy = not config.is_file() or read_json(config).get("legacy") is not False  # null: not set
@@ -70,10 +75,15 @@ class Tokenizer:
     def encode(self, text: str, after_eos: bool = False) -> list[int]:
         """Tokenizes one segment, without <s>. after_eos: it follows a </s>. Raises ValueError for a lone surrogate."""
         text.encode("utf-8")  # UnicodeEncodeError is a ValueError
-        if after_eos and not self.legacy:
-            # SentencePiece's space goes to a character that merges with no other; its tokens are removed again.
-            return self.processor.encode(SEPARATOR + text)[len(self.processor.encode(SEPARATOR)) :]
-        return self.processor.encode(text)
+        ids = self.processor.encode(text)
+        if after_eos and not self.legacy and ids and not text.startswith(" "):
+            # SentencePiece's space is removed from the first token: "▁US", "ER" become "US", "ER", not "USER".
+            first = self.processor.id_to_piece(ids[0])
+            if first == "▁":
+                del ids[0]
+            elif first.startswith("▁"):
+                ids[0] = self.processor.piece_to_id(first[1:])  # <unk> if there is no such token
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of an answer. Control tokens and ids outside the vocabulary have no text."""
@@ -179,10 +189,10 @@ def owl1_turns(lines: list[tuple[str, str]]) -> list[str]:
         else:
             turns += [question, text]
             question = ""
-    if question or not turns or not all(turns):
+    if question or not turns or not all(turns[::2]):
         raise ValueError("the text is not a conversation of `Human: ` and `AI: ` lines that ends with an answer")
     turns[::2] = [question.removesuffix("\n") for question in turns[::2]]
-    return turns
+    return drop_empty_answers(turns)
 
 
 def llava_turns(conversation: list[dict]) -> list[str]:
@@ -193,10 +203,39 @@ def llava_turns(conversation: list[dict]) -> list[str]:
     for i, turn in enumerate(conversation):
         speaker = ("human", "gpt")[i % 2]
         text = turn.get("value") if isinstance(turn, dict) and turn.get("from") == speaker else None
-        if not isinstance(text, str) or (speaker == "gpt" and not text.strip()):
-            raise ValueError(f'turn {i} should be {{"from": "{speaker}", "value": text}}, and an answer not empty')
-        turns.append(text)
-    return turns
+        if not isinstance(text, str):
+            raise ValueError(f'turn {i} should be {{"from": "{speaker}", "value": text}}')
+        turns.append(move_images_first(text) if speaker == "human" else text)
+    return drop_empty_answers(turns)
+
+
+def move_images_first(question: str) -> str:
+    """Moves images from the end of a question to its front, on a line of their own, as the released trainers do.
+
+    They move an image from within a question too, and keep one of several; here those stay where they are.
+    """
+    text, *others = IMAGE_PLACEHOLDER.split(question)
+    if not text.strip() or not others or any(other.strip() for other in others):
+        return question
+    return "".join(IMAGE_PLACEHOLDER.findall(question)) + "\n" + text.strip()
+
+
+def drop_empty_answers(turns: list[str]) -> list[str]:
+    """Removes questions whose answer is empty; their images move to the next question.
+
+    Raises ValueError if no turn is left.
+    """
+    kept: list[str] = []
+    images = ""
+    for question, answer in zip(turns[::2], turns[1::2]):
+        if answer.strip():
+            kept += [images + question, answer]
+            images = ""
+        else:
+            images += "".join(IMAGE_PLACEHOLDER.findall(question))
+    if not kept:
+        raise ValueError("all answers are empty, from turn 1 on")
+    return kept
 
 
 def conversation_turns(conversation: list[dict] | str) -> list[str]:

@@ -1,9 +1,12 @@
 """From data files and tar shards to batches: what becomes a sample, what is skipped and why, and the check of data."""
 
+import base64
 import json
 import os
 import shutil
 import sys
+import time
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -183,7 +186,14 @@ ASK = {"conversations": talk("<image>What?", "a")}
 CAT = {"image": "red.png", "caption": "A cat."}
 BAD_ROWS = {  # row, kind ("": malformed row), keyword of the reason
     "missing image": (ASK | {"image": "gone.png"}, "missing image", "gone.png"),
-    "an image that is a folder": (ASK | {"image": ""}, "missing image", ""),
+    "an image that is a folder": (ASK | {"image": "folder"}, "missing image", "folder"),
+    "an image outside through a link": (ASK | {"image": "link.png"}, "image outside its folder", "outside.png"),
+    "a null byte in a path": (ASK | {"image": "a\0.png"}, "missing image", "a\\x00.png"),
+    "a control character in a path": (ASK | {"image": "\x1b[31m.png"}, "missing image", "\\x1b[31m"),
+    "no image for a placeholder": (ASK | {"image": ""}, "", "0 images"),
+    "images without a placeholder": ({"images": ["red.png"], "conversations": talk("What?", "a")}, "", "1 images"),
+    "an unread image": ({"image_path": "red.png", "conversations": talk("What?", "a")}, "unread field", "image_path"),
+    "a video": ({"video": "a.mp4", "conversations": talk("<video>What?", "a")}, "unread field", "video"),
     "unreadable image": (ASK | {"image": "broken.png"}, "unreadable image", "broken.png"),
     "absolute path": (ASK | {"image": "/etc/passwd"}, "image outside its folder", "/etc/passwd"),
     "path above": (ASK | {"image": "x/../../red.png"}, "image outside its folder", "x/../../red.png"),
@@ -212,6 +222,8 @@ def test_an_unusable_row_is_skipped_by_name_whatever_the_seed(open_data, folder,
     """The reason is one printable line that names the row; its neighbors are not affected."""
     row, kind, keyword = BAD_ROWS[case]
     (folder / "broken.png").write_bytes((folder / "noise.png").read_bytes()[:200])
+    (folder / "folder").mkdir()
+    (folder / "link.png").symlink_to((folder / "red.png").rename(folder.parent / f"{folder.name}-outside.png"))
     if isinstance(row, dict):
         row = {"id": "the-bad-one", **row}
     good = {"conversations": talk("a", "b")}
@@ -275,7 +287,7 @@ def test_conversations_about_the_same_image_become_one_in_the_order_of_the_file(
         {"id": 4, "image": "a.png", "conversations": talk("Is <image> it?", "It is.", "Who?", "Me.")},
     ]
     before = json.dumps(rows)
-    merged = merge_by_image(rows)
+    merged = list(merge_by_image(rows))
     assert json.dumps(rows) == before  # the rows themselves are unchanged
     turns = ["<image>\nWhat?", "A cat.", "Sure?", "Yes.", "Where?", "On a mat.", "Is it?", "It is.", "Who?", "Me."]
     assert merged == [{"id": 1, "image": "a.png", "conversations": talk(*turns)}, rows[1]]
@@ -299,7 +311,7 @@ def test_other_rows_are_not_merged():
         None,
     ]
     both = {**good, "conversations": good["conversations"] + talk("What?", "A cat.")}
-    assert merge_by_image([good, *others, good]) == [both, *others]
+    assert list(merge_by_image([good, *others, good])) == [both, *others]
 
 
 # --- tar shards --------------------------------------------------------------------------------------
@@ -336,7 +348,7 @@ def test_tar_samples_equal_rows_of_a_file(open_tar, open_data, folder):
     "sample, kind, keyword",
     [
         ({"png": b"no image", "txt": b"A cat."}, "unreadable image", ""),
-        ({"gif": b"GIF89a", "txt": b"A cat."}, "malformed row", "0 images"),
+        ({"gif": b"GIF89a", "txt": b"A cat."}, "malformed row", ".gif"),
         ({"png": "red.png", "jpg": "red.png", "txt": b"A cat."}, "malformed row", "2 images"),
         ({"png": "red.png", "json": b'{"url": "x"}'}, "malformed row", "caption"),
         ({"png": "red.png", "txt": b"\xff\xfe"}, "malformed row", ".txt"),
@@ -419,7 +431,7 @@ def test_check_reports_on_every_source_and_shows_samples(open_data, open_tar, fo
     n_supervised = sum(len(supervised(sample)) for sample in samples)
     n_position = sum(len(sample.ids) for sample in samples)
     counts = ("3 usable (1 text only), 3 not", f"3 images; {n_supervised} ", f" {n_position} ", "1 samples lose")
-    examples = ("2 x missing image", "row 2 (id x9)", "also-gone.png", "1 x malformed row", "row 4: turn 1")
+    examples = ("2 x missing image", "row 2 (id x9)", "also-gone.png", "1 x malformed row", "row 4: ")
     assert all(text in first for text in ("25.00%", *counts, *examples))
     assert first.count("[[") == 2  # two samples shown, one answer each
     assert all(text in second for text in ("75.00%", "1 usable", "1 x unreadable image", "1 shards", "00001.tar"))
@@ -454,3 +466,122 @@ def test_the_command_checks_a_source(open_data, folder, monkeypatch, capsys):
         assert run(*flags) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+# --- resume ------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_follows_the_content_not_the_path(open_data, open_tar, folder):
+    rows = [{"image": "red.png", "caption": f"caption {i}"} for i in range(100)]
+    first = open_data(rows)
+    assert open_data(rows, name="moved.json").fingerprint() == first.fingerprint()
+    rows[57] = rows[57] | {"caption": "caption 75"}  # the same length
+    for changed in (open_data(rows, name="edited.json"), open_data(rows[1:], name="cut.json")):
+        assert changed.fingerprint() != first.fingerprint()
+
+    tar = open_tar([{"png": b"x", "txt": b"A"}])
+    (folder / "copy").mkdir()
+    shutil.copy(folder / "00000.tar", folder / "copy")  # another modification time
+    assert Conversations(folder / "copy" / "00000.tar", spec()).fingerprint() == tar.fingerprint()
+    assert open_tar([{"png": b"x" * 20_000, "txt": b"A"}]).fingerprint() != tar.fingerprint()
+
+
+# --- rows of similar formats -------------------------------------------------------------------------
+
+
+def test_similar_formats_give_the_same_sample(open_data, folder):
+    """`images`, an absolute path, the image after the question, OpenAI's messages, and an empty answer."""
+    turns = talk("<image>\nWhat is it?", "A square.", "And?", "Red.")
+    row = {"image": "red.png", "conversations": turns}
+    messages = [
+        {"role": role, "content": turn["value"]} for role, turn in zip(("user", "assistant") * 2, turns, strict=True)
+    ]
+    url = "data:image/png;base64," + base64.b64encode((folder / "red.png").read_bytes()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": "red.png"}}, {"type": "text", "text": "\nWhat is it?"}]
+    parts_with_data = [{"type": "image_url", "image_url": {"url": url}}, parts[1]]
+    others = [
+        {"images": ["red.png"], "conversations": turns},
+        {"image": str(folder / "red.png"), "conversations": turns},
+        row | {"conversations": talk("What is it?\n<image> ", "A square.", "And?", "Red.")},
+        row | {"conversations": talk("What is it?<image>", "A square.", "Lost", " \n", "And?", "Red.")},
+        row | {"conversations": talk("<image>Lost", "", "\nWhat is it?", "A square.", "And?", "Red.")},
+        {"image": "red.png", "messages": messages},
+        {"messages": [messages[0] | {"content": parts}, *messages[1:]]},
+        {"messages": [messages[0] | {"content": parts_with_data}, *messages[1:]]},
+    ]
+    data = open_data([row, *others])
+    for index in range(1, len(others) + 1):
+        assert_equal(data[0, index], data[0, 0])
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, messages[1]]
+    data = open_data([{"messages": system}, {"conversations": talk("Be brief.\nHi", "A square."), "image": ""}])
+    assert_equal(data[0, 0], data[0, 1])
+
+
+def test_bad_messages_are_malformed_rows(open_data):
+    rows = [3, [3], [{"role": "user", "content": [{"type": "audio"}]}], [{"role": "tool", "content": "x"}] * 2]
+    rows += [[{"role": ["user"], "content": None}] * 2, [{"role": "system", "content": "x"}], [{"role": "user"}, 3]]
+    data = open_data([{"messages": messages} for messages in rows])
+    assert [data[0, index].kind for index in range(len(rows))] == ["malformed row"] * len(rows)
+
+
+@pytest.mark.parametrize("space", " \n")
+def test_long_runs_of_spaces_and_many_turns_take_little_time(open_data, space):
+    spaces = space * 200_000
+    row = {"image": "red.png", "conversations": talk(f"<image>{spaces}What?{spaces}", f"a{spaces}b")}
+    rows = [row, row, {"image": "red.png", "caption": f"A{spaces}cat."}]
+    rows += [{"text": f"\nHuman: a{spaces}\nAI: b{spaces}c"}, row | {"conversations": talk(f"{spaces}<image>", "a")}]
+    rows += [{"conversations": talk(*["a", "b"] * 4000)}]
+    start = time.perf_counter()
+    for variant in VARIANTS:
+        data = open_data(rows, variant, merge=True, max_length=2048)
+        assert len(data) == 5 and data[0, 4].n_cut > 3000
+        assert [isinstance(data[0, index], Sample | Skipped) for index in range(5)] == [True] * 5
+    assert time.perf_counter() - start < 10
+
+
+def test_a_folder_of_shards_is_a_source_and_a_pipe_is_not(open_tar, folder):
+    data = open_tar([{"png": (folder / "red.png").read_bytes(), "txt": b"A cat."}] * 2)
+    assert_equal(Conversations(folder, spec())[0, 1], data[0, 1])
+    os.mkfifo(folder / "pipe.json")
+    with pytest.raises(ValueError, match="pipe.json"):
+        Conversations(folder / "pipe.json", spec())
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        Conversations(folder / "empty", spec())
+
+
+def test_members_that_are_not_adjacent_are_explained(folder):
+    red = (folder / "red.png").read_bytes()
+    members = [(f"{i}.png", red) for i in range(2)] + [(f"{i}.txt", b"A cat.") for i in range(2)]
+    data = Conversations(write_tar(folder / "unsorted.tar", members), spec())
+    assert all("next to each other" in data[0, index].reason for index in range(4))
+
+
+def test_rows_are_one_buffer(open_data):
+    """Any spacing and any characters; a row that is not UTF-8 is malformed alone."""
+    data = open_data([{"conversations": talk("a", "b")}])
+    rows = '\ufeff [ {"a": "é\\"]}, 你"} ,\r\n[1, {"b": []}],null\t,"x" ] \n'
+    data.path.write_bytes(rows.encode())
+    assert list(read_rows(data.path)) == [{"a": 'é"]}, 你'}, [1, {"b": []}], None, "x"]
+    data.path.write_bytes(b'[{"a": "\xff"}, 2]')
+    assert "UTF-8" in read_rows(data.path)[0].upper() and read_rows(data.path)[1] == 2
+    for wrong in ("[1 2]", "[1,]", "[1", "[,1]", "[1]]", "1", "[1],"):
+        data.path.write_text(wrong)
+        with pytest.raises(ValueError, match="data.json"):
+            read_rows(data.path)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_rows_take_the_memory_of_their_file_once(open_data, merge):
+    """Also after all of them have been read, as by a worker; parsed rows would take several times as much."""
+    rows = [{"image": f"{i % 1000}.png", "conversations": talk(f"<image>Word {i}?", "Yes.")} for i in range(2000)]
+    tracemalloc.start()
+    try:
+        data = open_data(rows, merge=merge)
+        del rows
+        for index in range(len(data)):
+            data.approx_length(index)
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert used < 1.5 * data.path.stat().st_size

@@ -2,7 +2,12 @@
 
 import json
 import math
+import multiprocessing
+import time
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from conftest import GOLDEN, write_tar
 from data.conversations import Conversations, Sample, SampleSpec, Skipped, collate
 from data.mix import BLOCK, BatchSampler, Mixture, derive_seed, load_batches, parse_mix, permute
 from data.text import Tokenizer
+from training.monitor import Monitor
 
 SEEDS = (0, 1, -1, 20240101, 2**33, 2**33 + 1, -(2**70))
 STEP_7 = [  # of rank 1 of 2
@@ -276,3 +282,55 @@ def test_worker_processes_give_the_same_batches(data):
         for a, b in zip(loaded, expected, strict=True):
             for name, value in vars(b).items():
                 assert getattr(a, name).equal(value) if torch.is_tensor(value) else getattr(a, name) == value
+
+
+class Stuck:
+    """Samples that take a minute to load, as from a dead network drive."""
+
+    def __getitem__(self, key: int) -> None:
+        time.sleep(60)
+
+
+class Unsendable:
+    """A batch that cannot be sent from a worker, with torch's error if shared memory is full."""
+
+    def __reduce__(self) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+
+def test_waiting_for_a_batch_can_be_ended():
+    def stop() -> None:
+        raise InterruptedError
+
+    batches = load_batches(Stuck(), [[0]], n_worker=1, pin_memory=False, on_wait=stop)
+    with pytest.raises(InterruptedError):
+        next(batches)
+
+
+def test_full_shared_memory_is_an_error_that_names_it(monkeypatch, data):
+    monkeypatch.setattr("data.mix.collate", lambda samples: Unsendable())
+    with pytest.raises(OSError, match="/dev/shm.*--workers"):
+        next(load_batches(data, [[(0, 0, 0)]], n_worker=1, pin_memory=False))
+
+
+def load_one(folder: Path) -> None:
+    worker = load_batches(Stuck(), [[0]], n_worker=1, pin_memory=False)  # noqa: F841
+    (folder / "pid").write_text(str(multiprocessing.active_children()[0].pid))
+
+
+def test_a_process_of_multiprocessing_ends_its_workers(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=load_one, args=(tmp_path,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
+def test_a_signal_ends_a_step_only_if_its_batch_does_not_come():
+    messages = []
+    now = time.monotonic()
+    for signals, since, is_ended in (([], now - 60, False), ([15], now, False), ([15], now - 60, True)):
+        monitor = SimpleNamespace(signals=signals, signal_time=since, print_status=messages.append)
+        with pytest.raises(SystemExit, match="143") if is_ended else nullcontext():
+            Monitor.on_wait(monitor)
+    assert len(messages) == 1

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from conftest import ROOT, write_tar
 from data import shards as module
-from data.shards import BLOCK, Broken, Index, Shards, read_members, read_sample, scan
+from data.shards import BLOCK, Broken, Index, Shards, expand_braces, read_members, read_sample, scan
 
 Members = list[tuple[str, bytes]]
 
@@ -454,3 +454,21 @@ def test_400_million_samples_in_40000_shards_take_little_memory_and_time(tmp_pat
             shard, _, at = index.locate(real * per_shard + i)
             assert shard == real
             assert read_sample(file, at) == sample(i)
+
+
+def test_a_range_of_numbers(folder):
+    assert list(Shards(f"{folder}/{{0..2}}.tar")) == list(Shards(f"{folder}/*.tar"))
+    assert len(Shards(f"{folder}/{{1..2}}.t*")) == 5
+    missing = Shards(f"{folder}/{{1..3}}.tar")
+    assert len(missing) == 5 and missing.broken[0].startswith("3.tar: ")
+    assert expand_braces("{08..10}/{1..2}") == ["08/1", "08/2", "09/1", "09/2", "10/1", "10/2"]
+    for pattern in ("{2..1}.tar", "{0..99999999999999999999}.tar"):
+        with pytest.raises(ValueError, match="range"):
+            Shards(f"{folder}/{pattern}")
+
+
+def test_names_that_are_not_text_are_printable(folder):
+    name = os.fsdecode(b"\xff\x1b[31m.tar")
+    (folder / name).write_bytes(b"no tar" * 500)
+    shards = Shards(f"{folder}/*.tar")
+    assert len(shards) == 10 and shards.broken[0].isprintable() and shards.broken[0].encode()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from conftest import GOLDEN
 from data.text import OWL1_SYSTEM, Tokenizer, encode_raw, expand_images, render_conversation, render_prompt
@@ -237,7 +238,7 @@ def test_a_tokenizer_is_a_folder_or_a_file(tmp_path):
     for path in (tmp_path, str(tmp_path), tmp_path / "tokenizer.model"):
         tokenizer = Tokenizer(path)
         assert tokenizer.legacy and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    for content in ("{}", '{"legacy": null}', '{"legacy": true}', '{"legacy": false}'):
+    for content in ("{}", "\ufeff{}", '{"legacy": null}', '{"legacy": true}', '{"legacy": false}'):
         (tmp_path / "tokenizer_config.json").write_text(content)
         assert Tokenizer(tmp_path / "tokenizer.model").legacy == ("false" not in content)
 
@@ -253,7 +254,41 @@ def test_unreadable_tokenizers(tmp_path):
             Tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
     (tmp_path / "tokenizer.model").write_bytes(good)
-    for content in (b"{", b"\xff\xfe"):
+    for content in (b"{", b"\xff\xfe", b"[" * 100_000):
         (tmp_path / "tokenizer_config.json").write_bytes(content)
         with pytest.raises(ValueError, match="tokenizer_config.json"):
             Tokenizer(tmp_path)
+
+
+def test_text_after_an_end_is_tokenized_as_by_the_released_code(tokenizers):
+    """With "legacy": false the first token loses its space; what remains is not merged again."""
+    tokenizer = tokenizers["nonlegacy"]
+    ids = render_prompt(["<|image|>What is this?", "A cat.", "What colour is it?", None], tokenizer, "owl2")
+    assert ids[15:22] == [1956, 2, 88, 1286, 1974, 893, 871]
+    assert tokenizer.encode(" USER", after_eos=True) == tokenizer.encode(" USER")
+    assert tokenizer.encode("", after_eos=True) == []
+
+
+@pytest.mark.parametrize("missing", ["--bos_id=-1", "--eos_id=-1"])
+def test_a_tokenizer_without_a_start_or_an_end_is_rejected(tmp_path, missing):
+    (tmp_path / "text").write_text("a b c d e f g\n" * 10)
+    flags = f"--input={tmp_path}/text --model_prefix={tmp_path}/tokenizer --vocab_size=14 --model_type=bpe {missing}"
+    SentencePieceTrainer.Train(flags + " --minloglevel=2")
+    with pytest.raises(ValueError, match="<s>"):
+        Tokenizer(tmp_path)
+
+
+def test_a_folder_with_only_tokenizer_json_says_what_to_copy(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.model"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_empty_answer_loses_only_its_turn(tokenizer, variant):
+    turns = ("<image>Lost", "", "One?", "1", "Lost", " \n", "Two?", "2", "Lost", "")
+    whole = render_conversation(llava("<image>One?", "1", "Two?", "2"), tokenizer, variant)
+    assert render_conversation(llava(*turns), tokenizer, variant) == whole
+    text = f"{OWL1_SYSTEM}\nHuman: One?\nAI: 1\nHuman: Lost\nAI: \nHuman: Two?\nAI: 2"
+    runs = supervised(*render_conversation(text, tokenizer, variant))
+    assert [tokenizer.decode(run) for run in runs] == ["1", "2"]
