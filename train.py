@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from command import user_errors
 from data.conversations import Batch, Conversations, collate
 from data.mix import load_batches
+from files import printable
 from llama import PackedSequences
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID, Owl, OwlConfig
 from training import checkpoint
@@ -127,35 +128,49 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
 def train(run: TrainingRun, save_final: Callable[[Owl, Path], None]) -> None:
     """Trains run.model up to step recipe.steps; rank 0 then calls save_final(model, out).
 
-    Exits with 128 + signal after SIGTERM or SIGINT, with 2 if the run gives up; both leave a checkpoint.
+    Exits with 128 + signal after SIGTERM or SIGINT, with 2 if the run gives up; both leave a checkpoint. User errors,
+    such as a full disk, exit with 2.
     """
-    args, recipe, dist = run.args, run.recipe, run.dist
     with user_errors():
-        optimizer = make_optimizer(run.model, recipe)
-        if run.checkpoint:
-            checkpoint.resume(*run.checkpoint, run.model, optimizer)
+        monitor = train_and_save(run, save_final)
+    shut_down(run.dist)
+    if monitor.exit_code:
+        sys.exit(monitor.exit_code)
+
+
+def train_and_save(run: TrainingRun, save_final: Callable[[Owl, Path], None]) -> Monitor:
+    """Trains as `train` does, without its exit. Returns the monitor, which has the exit code."""
+    args, recipe, dist = run.args, run.recipe, run.dist
+    optimizer = make_optimizer(run.model, recipe)
+    if run.checkpoint:
+        checkpoint.resume(*run.checkpoint, run.model, optimizer)
     start = run.checkpoint[1]["step"] if run.checkpoint else 0
     is_cuda = dist.device.type == "cuda"
-    batches = load_batches(run.data, make_sampler(run, start), n_worker=args.workers, pin_memory=is_cuda)
     monitor = Monitor(run, start)
+    options = {"n_worker": args.workers, "pin_memory": is_cuda, "on_wait": monitor.on_wait}
+    batches = load_batches(run.data, make_sampler(run, start), **options)
     monitor.print_status(count_parameters(run.model))
     if recipe.warmup >= recipe.steps:
         monitor.print_status(f"warning: the warm-up of {recipe.warmup} steps is longer than the run of {recipe.steps}")
 
-    train_steps(run, optimizer, batches, monitor)
+    try:
+        train_steps(run, optimizer, batches, monitor)
+    finally:
+        monitor.bar.close()  # an error begins on a line of its own
 
     monitor.close()
-    if monitor.step == recipe.steps:
+    if monitor.has_failed:
+        n = monitor.nonfinite_steps
+        monitor.print_status(f"error: no model is written: the last {n} steps had no finite loss and gradient")
+    elif monitor.step == recipe.steps:
         gather_model_on_rank0(run.model, dist)
         if dist.is_main:
             save_final(run.model.eval(), run.out)
-        monitor.print_status(f"the model is in {run.out}")
+        monitor.print_status(f"the model is in {printable(run.out)}")
     else:
         reason = monitor.stop_reason
         monitor.print_status(f"stopped after step {monitor.step} ({reason}): continue with --resume")
-    shut_down(dist)
-    if monitor.exit_code:
-        sys.exit(monitor.exit_code)
+    return monitor
 
 
 def train_steps(
@@ -204,6 +219,7 @@ def train_steps(
         if step % args.save_every == 0 or is_last or monitor.stop_reason:
             tensors = checkpoint.training_state(run.model, optimizer)
             checkpoint.save(run.checkpoints, step, monitor.metadata(), tensors, dist=dist, keep=args.keep)
+            monitor.restart_interval()  # writing does not count as training
         if monitor.stop_reason:
             break
 

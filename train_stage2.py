@@ -29,7 +29,7 @@ from inference import adapter
 from model import Owl
 from train import train
 from training.distributed import init_distributed
-from training.options import Recipe, add_training_flags, fraction_below_1, nonnegative_int, positive_float
+from training.options import Recipe, add_training_flags, fraction_below_1, integer, positive_float
 from training.setup import build_model, build_run, initial_tensors
 from weights import save_model
 
@@ -97,7 +97,7 @@ def main() -> None:
     add_training_flags(parser)
     parser.add_argument("--freeze-vit", action="store_true", help="do not train the vision encoder (nor does LoRA)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora-rank", type=nonnegative_int, help="0: train everything (default: 8 for Owl1, 0 for Owl2)")
+    add("--lora-rank", type=integer(0, 4_096), help="0: train everything (default: 8 for Owl1, 0 for Owl2)")
     add("--lora-alpha", type=positive_float, default=32.0, help="the adapter is scaled by alpha / rank (default 32)")
     add("--lora-dropout", type=fraction_below_1, default=0.05, help="dropout of the adapter's input (default 0.05)")
     add("--train-abstractor", action="store_true", help="train the abstractor too, as in the abstract of Owl1's paper")

@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import random
+import resource
 import shutil
 import warnings
 from pathlib import Path
@@ -24,7 +25,7 @@ from training.distributed import Dist, init_distributed
 from training.parallel import full_tensor
 
 ALONE = Dist(0, 1, torch.device("cpu"), torch.float32)
-METADATA = {"settings": {"lr": 1e-3, "data": "über.json", "val": None}, "updates": 7, "bad_steps": 0}
+METADATA = {"settings": {"lr": 1e-3, "data": "über.json", "val": None}, "updates": 1, "bad_steps": 0}
 
 
 def example(seed: int = 0) -> dict[str, Tensor]:
@@ -104,12 +105,12 @@ def test_find_returns_the_newest_and_save_removes_old_ones(tmp_path):
     for name in others:
         (tmp_path / name).mkdir()
     for step in (5, 99, 100, 1000):
-        save(tmp_path, step, {"was": step}, example(step), dist=ALONE, keep=2)
+        save(tmp_path, step, METADATA | {"was": step}, example(step), dist=ALONE, keep=2)
     assert [path.name for path in newest_first(tmp_path)] == ["step-00001000", "step-00000100"]
     path, manifest = find(tmp_path, ALONE)
-    assert manifest["step"] == 1000 and manifest["facts"] == {"was": 1000}
+    assert manifest["step"] == 1000 and manifest["facts"]["was"] == 1000
     assert_same_bits(read(path), example(1000))
-    save(tmp_path, 1001, {}, example(), dist=ALONE, keep=1)
+    save(tmp_path, 1001, METADATA, example(), dist=ALONE, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {*others, "step-00001001"}
 
 
@@ -220,6 +221,53 @@ def test_a_manifest_of_other_json_is_damaged(folder, capsys, text):
     assert find(folder, ALONE)[0].name == "step-00000001"
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(newest) in err and MANIFEST in err
+
+
+IMPOSSIBLE = [("step", -5), ("step", 10), ("step", "2"), ("step", True), ("facts", {}), ("facts", []), ("files", {})]
+IMPOSSIBLE += [("tensors", [1]), ("tensors", None), ("facts", METADATA | {"updates": -1}), ("step", None)]
+IMPOSSIBLE += [("facts", METADATA | {"updates": 9}), ("facts", METADATA | {"settings": 1})]
+IMPOSSIBLE += [("files", {".metadata": 7}), ("files", {"../step-00000001/.metadata": [1, ""]})]
+
+
+@pytest.mark.parametrize("name, value", IMPOSSIBLE, ids=str)
+def test_an_impossible_manifest_is_damaged(folder, capsys, name, value):
+    """Its own checksum is right. None: the entry is missing."""
+    newest = folder / "step-00000002"
+    manifest = {key: value for key, value in (manifest_of(newest) | {name: value}).items() if value is not None}
+    manifest.pop("sha256")
+    (newest / MANIFEST).write_bytes(checkpoint.encode_manifest(manifest))
+    assert find(folder, ALONE)[0].name == "step-00000001"
+    assert MANIFEST in capsys.readouterr().err
+
+
+def test_sizes_are_compared_before_any_content_is_read(folder, monkeypatch):
+    with (folder / "step-00000002" / "__0_0.distcp").open("ab") as file:
+        file.write(b"x")
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: 1 / 0)
+    assert "__0_0.distcp" in find_damage(folder / "step-00000002", ALONE)
+
+
+def test_what_is_written_is_not_read_back(tmp_path, monkeypatch):
+    """The manifest has the checksums of the files nevertheless."""
+    read_back = []
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: read_back.append(path.name) or checksum(path))
+    save(tmp_path, 1, METADATA, example(), dist=ALONE, keep=1)
+    assert read_back == [".metadata"]
+    monkeypatch.undo()
+    files = manifest_of(tmp_path / "step-00000001")["files"]
+    assert files == {name: checksum(tmp_path / "step-00000001" / name) for name in (".metadata", "__0_0.distcp")}
+
+
+def test_links_are_removed_and_not_followed(folder, tmp_path):
+    """Named like what save removes: half a checkpoint, a damaged one, and an old one."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    for name in ("step-00000003.part", "step-00000003", "step-00000000"):
+        (folder / name).symlink_to(precious)
+    save(folder, 3, METADATA, example(3), dist=ALONE, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+    assert [path.name for path in precious.iterdir()] == ["file"] and (precious / "file").read_text() == "x"
 
 
 def test_find_raises_if_all_are_damaged(folder, capsys):
@@ -366,6 +414,34 @@ def test_a_path_outside_the_folder_is_refused(folder, tmp_path, outside):
     tensors = blanks(example())
     assert repr(outside) in refused(path, tensors)
     assert_same_bits(tensors, blanks(example()))
+
+
+def test_a_length_in_metadata_reserves_no_memory(folder):
+    """13 bytes that ask for 6 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    length = (6 * 10**9).to_bytes(8, "little")
+    for opcode in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME):
+        write_metadata(folder / "step-00000002", pickle.PROTO + b"\x05" + opcode + length + pickle.STOP)
+        refused(folder / "step-00000002")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
+
+
+@pytest.mark.parametrize("change", ["no chunk", "smaller", "moved", "not stored"])
+def test_metadata_that_leaves_a_part_of_a_tensor_is_refused(folder, change):
+    """torch would leave that part as it was."""
+    path = folder / "step-00000002"
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    chunks = metadata.state_dict_metadata["weight.a"].chunks
+    if change == "no chunk":
+        chunks.clear()
+    elif change == "smaller":
+        chunks[0].sizes = torch.Size((4, 3))
+    elif change == "moved":
+        chunks[0].offsets = torch.Size((1, 0))
+    else:
+        metadata.storage_data = {i: x for i, x in metadata.storage_data.items() if i.fqn != "weight.a"}
+    write_metadata(path, metadata)
+    assert "weight.a" in refused(path)
 
 
 def test_metadata_with_any_byte_changed_is_read_or_refused(folder):

@@ -28,6 +28,7 @@ from training.flops import peak_flops, train_flops
 from training.monitor import peak_memory
 from training.optimizer import make_optimizer
 from training.options import nonnegative_int, positive_int
+from training.memory import state_bytes
 from training.parallel import autocast, choose_fsdp, prepare_blocks, shard, wrap_ddp
 from training.presets import PRESETS
 
@@ -73,7 +74,7 @@ def prepare_training(args: argparse.Namespace, dist: Dist) -> tuple[Owl, torch.o
     else:
         train_stage2.choose_trained(model, args.lora_rank, 2.0 * args.lora_rank, 0.05, False, args.freeze_vit)
     prepare_blocks(model, dist, args.recompute, args.compile)
-    fsdp = choose_fsdp(args.parallel, model, dist)
+    fsdp = choose_fsdp(args.parallel, dist, lambda: state_bytes(model))
     if fsdp:
         shard(model, dist)
     model.to_empty(device=dist.device)

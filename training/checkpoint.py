@@ -13,22 +13,28 @@ A checkpoint is written as step-00000500.part and renamed when it is complete. I
 checksums tell), `find` skips it with a warning and returns the one before.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 
+from files import MAX_JSON, is_full, printable, read_bytes, reading
 from training.distributed import Dist, all_gather_object, barrier
 from training.safe_metadata import SafeReader
-from weights import reading
 
 MANIFEST = "manifest.json"
 STEP = "step-" + "[0-9]" * 8
@@ -46,24 +52,65 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
+class HashingStream:
+    """A file to write, and the SHA-256 of what was written: a checkpoint of a 7B is not read back for it."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.n_byte = 0
+
+    def write(self, data: bytes) -> int:
+        data = memoryview(data).cast("B")
+        self.sha256.update(data)
+        self.n_byte += len(data)
+        self.file.write(data)
+        return len(data)
+
+    def __getattr__(self, name: str) -> object:  # tell, flush, fileno, ...
+        return getattr(self.file, name)
+
+
+class HashingFileSystem(FileSystem):
+    """torch's access to files. checksums: [size, SHA-256] of each written file, by name."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, list] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
+        with super().create_stream(path, mode) as file:
+            stream = HashingStream(file)
+            yield stream
+        self.checksums[Path(path).name] = [stream.n_byte, stream.sha256.hexdigest()]
+
+
 def save(folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *, dist: Dist, keep: int) -> None:
     """Writes a checkpoint, then removes all but the newest `keep`. All ranks call it together.
 
     metadata: a JSON object, stored in the manifest. tensors: plain ones (equal on all ranks) or DTensors.
+    Raises OSError, for a full disk too.
     """
     final = folder / f"step-{step:08d}"
     part = final.with_suffix(".part")
     if dist.is_main:
         for unfinished in folder.glob(f"{STEP}.part"):  # left by a process that was killed in save
-            shutil.rmtree(unfinished)
+            remove(unfinished)
         part.mkdir(parents=True)
     barrier(dist)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns if there is no process group
-        dcp.save(tensors, storage_writer=FileSystemWriter(part), no_dist=not torch.distributed.is_initialized())
+    writer = FileSystemWriter(part)
+    writer.fs = HashingFileSystem()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns if there is no process group
+            dcp.save(tensors, storage_writer=writer, no_dist=not torch.distributed.is_initialized())
+    except (dcp.CheckpointException, RuntimeError) as error:  # of a rank; torch's zip writer hides the system's error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        if is_full(folder) or (isinstance(cause, OSError) and cause.errno == errno.ENOSPC):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part)) from None
+        raise cause from None
 
-    # Each rank computes the checksums of its own files.
-    own = {path.name: checksum(path) for path in part.iterdir() if path.name.startswith(f"__{dist.rank}_")}
+    own = {name: found for name, found in writer.fs.checksums.items() if name.startswith(f"__{dist.rank}_")}
     checksums = all_gather_object(dist, own)
     if dist.is_main:
         files = {".metadata": checksum(part / ".metadata")}
@@ -74,7 +121,7 @@ def save(folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *,
             raise OSError(f"{part} lacks {missing[0]}: all nodes must share the run's folder")
         manifest = {"step": step, "facts": metadata, "tensors": sorted(tensors), "files": files}
         (part / MANIFEST).write_bytes(encode_manifest(manifest))
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, which find had skipped
+        remove(final)  # a damaged one of the same step, which find had skipped
         part.replace(final)
         remove_old(folder, final, keep)
     barrier(dist)
@@ -85,7 +132,15 @@ def remove_old(folder: Path, newest: Path, keep: int) -> None:
     found = newest_first(folder)
     n_damaged = found.index(newest)
     for path in found[:n_damaged] + found[n_damaged + keep :]:
-        shutil.rmtree(path.replace(path.with_suffix(".part")))  # renamed first, so that no half of it is found
+        remove(path.replace(path.with_suffix(".part")))  # renamed first, so that no half of it is found
+
+
+def remove(path: Path) -> None:
+    """Removes a folder if there is one; of a link, the link itself."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def checksum(path: Path) -> list:
@@ -101,17 +156,32 @@ def encode_manifest(manifest: dict) -> bytes:
 
 
 def read_manifest(path: Path) -> dict:
-    """Reads a checkpoint's manifest. Raises OSError if it is missing, ValueError if it is damaged."""
-    content = (path / MANIFEST).read_bytes()
+    """Reads a checkpoint's manifest. Raises OSError if it is missing, ValueError if it is damaged or impossible."""
     try:
+        content = read_bytes(path / MANIFEST, MAX_JSON)
         manifest = json.loads(content)
         del manifest["sha256"]
-        is_intact = encode_manifest(manifest) == content
-    except (ValueError, TypeError, KeyError, RecursionError):
-        is_intact = False
+        is_intact = encode_manifest(manifest) == content and is_possible(manifest)
+        is_intact = is_intact and path.name == f"step-{manifest['step']:08d}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_intact = False  # missing entries, or of other types
     if not is_intact:
         raise ValueError(f"{MANIFEST} is damaged")
     return manifest
+
+
+def is_possible(manifest: dict) -> bool:
+    """Whether a manifest has what `save` and Monitor.metadata write. May raise KeyError, TypeError or ValueError."""
+    step, facts, files = manifest["step"], manifest["facts"], manifest["files"]
+    counts = [step, facts["updates"], facts["bad_steps"], *(size for size, _ in files.values())]
+    return (
+        all(type(n) is int and n >= 0 for n in counts)
+        and facts["updates"] + facts["bad_steps"] <= step
+        and isinstance(facts["settings"], dict)
+        and all(isinstance(name, str) for name in manifest["tensors"])
+        and ".metadata" in files
+        and all(name == Path(name).name for name in files)
+    )
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -130,7 +200,7 @@ def find(folder: Path, dist: Dist) -> tuple[Path, dict] | None:
         if damage is None:
             return path, read_manifest(path)
         if dist.is_main:
-            print(f"warning: the checkpoint {path} is skipped: {damage}", file=sys.stderr)
+            print(f"warning: the checkpoint {printable(path)} is skipped: {printable(damage)}", file=sys.stderr)
     if found:
         raise ValueError(f"none of the checkpoints in {folder} can be used; remove the folder to start again")
     return None
@@ -144,13 +214,17 @@ def find_damage(path: Path, dist: Dist) -> str | None:
         return f"{MANIFEST} cannot be read"
     except ValueError as error:
         return str(error)
-    wrong = []
-    for name, expected in files[dist.rank :: dist.world_size]:
-        file = path / Path(name).name
-        if not file.is_file() or checksum(file) != expected:
-            wrong.append(name)
-    wrong = sorted(sum(all_gather_object(dist, wrong), []))
-    return f"{wrong[0]} is missing or damaged" if wrong else None
+    own = files[dist.rank :: dist.world_size]
+    checks = (  # the sizes of all files, then their content, which may take minutes
+        lambda file, expected: file.is_file() and file.stat().st_size == expected[0],
+        lambda file, expected: checksum(file) == expected,
+    )
+    for is_right in checks:
+        wrong = [name for name, expected in own if not is_right(path / name, expected)]
+        wrong = sorted(sum(all_gather_object(dist, wrong), []))
+        if wrong:
+            return f"{wrong[0]} is missing or damaged"
+    return None
 
 
 def load(path: Path, manifest: dict, tensors: dict[str, Tensor]) -> None:

@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
+from device import disable_tf32
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -40,12 +42,13 @@ def init_distributed(device_name: str | None, precision: str | None = None) -> D
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = device_name if device_name is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if world_size > 1 and ":" in name:
         raise ValueError(f"--device {name}: several processes cannot share one device; use --device cuda")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
+    disable_tf32()
     # A device that does not exist or has no driver fails here, in one of several ways, and not later in the run.
     try:
         device = torch.device(name)

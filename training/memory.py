@@ -1,5 +1,6 @@
 """Memory of a training step, measured on fake tensors: they have shapes but no data, so a 7B takes seconds on a laptop.
 
+    state_bytes        weights, gradients and moments of a model
     peak_bytes         peak memory of the tensors that a function creates
     activation_bytes   peak_bytes of the forward and backward pass of a model
 
@@ -50,6 +51,16 @@ class StorageTracker(TorchDispatchMode):
 
     def _subtract(self, n_byte: int) -> None:
         self.current -= n_byte
+
+
+def state_bytes(model: nn.Module) -> dict[str, float]:
+    """Bytes of a model's weights, of their gradients, and of AdamW's moments."""
+    needed = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
+    for parameter in model.parameters():
+        needed["weights"] += parameter.nbytes
+        needed["gradients"] += parameter.nbytes * parameter.requires_grad
+        needed["optimizer"] += 2 * parameter.nbytes * parameter.requires_grad
+    return needed
 
 
 def tensors_in(tree: object) -> list[Tensor]:
@@ -114,7 +125,7 @@ def activation_bytes(
     accumulate: gradients exist already and are added to; if False, those that the backward pass creates count as well.
     The operations are those of a CPU: on CUDA, dropout needs less memory, and autocast keeps some norms in float32.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):  # nothing is compiled for fake tensors
         state = {}
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             fake = torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)

@@ -6,7 +6,6 @@ metrics.jsonl has one JSON object per line: {"step", "loss", "lr", "norm", "toke
 
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -18,12 +17,14 @@ import torch
 from tqdm import tqdm
 
 from data.conversations import Batch
+from files import printable, writing
 from training.distributed import Dist, all_gather_object, all_reduce_sum
 from training.flops import peak_flops, train_flops
 from training.options import MIN_SAMPLES
 from training.setup import TrainingRun
 
 MAX_NONFINITE_STEPS = 5  # consecutive steps with a non-finite loss or gradient after which a run stops
+MAX_WAIT = 10  # seconds for which a step that a signal ends may still wait for a batch
 MAX_EXAMPLES = 5  # skipped rows that are named, of each kind
 
 
@@ -42,7 +43,7 @@ class Monitor:
         self.stop_reason = ""
         metadata = run.checkpoint[1]["facts"] if run.checkpoint else {}
         self.optimizer_steps = metadata.get("updates", 0)  # steps with a finite loss and gradient
-        self.nonfinite_steps = metadata.get("bad_steps", 0)  # consecutive steps without
+        self.nonfinite_steps = metadata.get("bad_steps", 0)  # consecutive steps without, up to the last one
         self.skipped, self.skipped_val = SkippedSamples(), SkippedSamples()
         self.n_samples = self.n_skipped = 0  # of this process's lifetime, over all ranks
         self.peak_flops = peak_flops(self.dist.device)  # of one device; None if unknown
@@ -51,15 +52,23 @@ class Monitor:
         if self.dist.is_main:
             truncate_metrics(self.metrics, start)
         self.signals: list[int] = []
+        self.signal_time = 0.0  # of the first one
         self.n_signals = 0  # over all ranks
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         steps = run.recipe.steps
         self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=not self.dist.is_main)
 
     def on_signal(self, number: int, frame: object) -> None:
+        self.signal_time = self.signal_time if self.signals else time.monotonic()
         self.signals.append(number)
         if number == signal.SIGINT:  # not for SIGTERM, which a scheduler and torchrun may both send
             signal.signal(number, self.handlers[number])
+
+    def on_wait(self) -> None:
+        """Ends the process if a signal came MAX_WAIT seconds ago and its step still waits for a batch."""
+        if self.signals and time.monotonic() - self.signal_time > MAX_WAIT:
+            self.print_status(f"no batch has come for {MAX_WAIT} s: continue with --resume from the last checkpoint")
+            sys.exit(128 + self.signals[0])
 
     def update(self, micro_batches: list[Batch], *, loss: float, norm: float, lr: float) -> None:
         """Counts a step: this rank's micro-batches, and the loss and gradient norm over all ranks."""
@@ -109,7 +118,13 @@ class Monitor:
         """0, or if the run stopped early: 128 + the signal's number as in a shell, 2 for any other reason."""
         if self.n_signals > 0:
             return 128 + (self.signals or [signal.SIGTERM])[0]  # this rank may have received none itself
-        return 2 if self.stop_reason else 0
+        return 2 if self.stop_reason or self.has_failed else 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the run reached its end, but its last steps, or its only one, had no finite loss and gradient."""
+        n_steps = self.run.recipe.steps
+        return self.step == n_steps and self.nonfinite_steps >= min(2, n_steps)
 
     def restart_interval(self) -> None:
         """Starts a new interval, over which throughput is measured."""
@@ -177,15 +192,18 @@ def truncate_metrics(path: Path, step: int) -> None:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 break  # the line that was being written when the run was killed
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    for left in path.parent.glob(f"{path.name}.*"):  # by a process that was killed here
+        left.unlink()
+    with writing(path) as part:
+        part.write_text("".join(kept))
 
 
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -204,7 +222,7 @@ class SkippedSamples:
             examples = self.examples.setdefault(row.kind, [])
             if len(examples) < MAX_EXAMPLES and row.reason not in examples:
                 examples.append(row.reason)
-                tqdm.write(f"warning: skipped {row.reason} ({row.kind})", file=sys.stderr)
+                tqdm.write(f"warning: skipped {printable(row.reason)} ({row.kind})", file=sys.stderr)
 
     def gather(self, dist: Dist) -> "SkippedSamples":
         """Those of all ranks. All ranks call it together."""
@@ -220,5 +238,5 @@ class SkippedSamples:
         """The kinds and their examples, one per line."""
         lines = []
         for kind, number in self.count.most_common():
-            lines += [f"  {number} x {kind}, e.g.", *(f"    {example}" for example in self.examples[kind])]
+            lines += [f"  {number} x {kind}, e.g.", *(f"    {printable(example)}" for example in self.examples[kind])]
         return "\n".join(lines)

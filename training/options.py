@@ -29,8 +29,13 @@ def number(kind: type, is_valid: Callable[[float], bool], rule: str) -> Callable
     return parse
 
 
-positive_int = number(int, lambda x: x > 0, "above 0")
-nonnegative_int = number(int, lambda x: x >= 0, "0 or more")
+def integer(low: int, high: int = 99_999_999) -> Callable[[str], int]:
+    """An argparse type for integers from low to high; a checkpoint's name has eight digits of its step."""
+    return number(int, lambda x: low <= x <= high, f"from {low:,} to {high:,}")
+
+
+positive_int = integer(1)
+nonnegative_int = integer(0)
 positive_float = number(float, lambda x: 0 < x < math.inf, "above 0")
 nonnegative_float = number(float, lambda x: 0 <= x < math.inf, "0 or more")
 fraction = number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -48,7 +53,7 @@ class Recipe:
 
     steps: int = setting(positive_int)
     warmup: int = setting(nonnegative_int, "linear warm-up of the learning rate", metavar="STEPS")
-    batch: int = setting(positive_int, "samples per step, over all devices")
+    batch: int = setting(integer(1, 1_000_000), "samples per step, over all devices")
     lr: float = setting(positive_float, "peak learning rate")
     min_lr: float = setting(nonnegative_float, "learning rate of the last step, at the end of a cosine")
     betas: tuple[float, float] = setting(fraction_below_1, "of AdamW", nargs=2)
@@ -56,7 +61,7 @@ class Recipe:
     weight_decay: float = setting(nonnegative_float, "of AdamW; norms and biases have none")
     grad_clip: float = setting(positive_float, "maximum norm of the gradient")
     max_length: int = setting(positive_int, "maximum tokens of a sample; turns beyond it are dropped")
-    image_size: int = setting(nonnegative_int, "pixels; position embeddings are interpolated; 0: as in the weights")
+    image_size: int = setting(integer(0, 4_096), "pixels; position embeddings are interpolated; 0: as in the weights")
     vit_lr_decay: float = setting(positive_float, "learning rate factor from one ViT layer to the one below", 1.0)
     crop_scale: float = setting(fraction, "random crops of at least this share of the image, and flips; 0: off", 0.0)
 
@@ -113,23 +118,23 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="folder of the run (required except with --check and --dry-run)")
     add("--resume", action="store_true", help="continue the run in --out, if there is one")
-    add("--seed", type=int, default=0)
+    add("--seed", type=integer(-(2**63), 2**63 - 1), default=0)
     add(
         "--micro-batch",
         "--micro",
-        type=positive_int,
+        type=integer(1, 1_000_000),
         default=8,
         metavar="N",
         help="samples in one forward pass on one device (default 8)",
     )
-    add("--workers", type=nonnegative_int, default=0, help="data-loading processes per rank (default 0)")
+    add("--workers", type=integer(0, 1_000), default=0, help="data-loading processes per rank (default 0)")
     add("--log-every", type=positive_int, default=10, metavar="STEPS")
     add("--val-every", type=positive_int, default=500, metavar="STEPS")
     add("--save-every", type=positive_int, default=500, metavar="STEPS")
     add("--keep", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep (default 2)")
     add(
         "--dry-run",
-        type=nonnegative_int,
+        type=integer(0, 100_000),
         nargs="?",
         const=0,
         metavar="DEVICES",
@@ -142,8 +147,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--parallel",
         choices=("ddp", "fsdp"),
-        help="replicate the model on each device, or shard it (default: shard if over a billion parameters are trained "
-        "on several GPUs)",
+        help="copy the model to each device, or shard it (default: shard if each of several GPUs is too small)",
     )
     add(
         "--recompute",

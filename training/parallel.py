@@ -22,7 +22,7 @@ Order: freeze parameters, prepare_blocks, shard (fsdp), materialize, wrap_ddp (d
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -35,27 +35,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from training.distributed import Dist, backend_of
+from device import device_memory
+from training.distributed import Dist, all_gather_object, backend_of
 
-LARGE = 1_000_000_000  # parameters; from here on, sharding and activation checkpointing are the default
+LARGE = 1_000_000_000  # parameters; from here on, activation checkpointing is the default
+USABLE = 0.95  # of a device's memory; the rest is fragmentation, and the device's own needs
 
 
-def choose_fsdp(requested: str | None, model: nn.Module, dist: Dist) -> bool:
-    """Returns whether to shard: as requested ("ddp" or "fsdp"), else if much is trained on several GPUs."""
+def choose_fsdp(requested: str | None, dist: Dist, bytes_by_kind: Callable[[], dict[str, float]]) -> bool:
+    """Returns whether to shard: as requested ("ddp" or "fsdp"), else on several GPUs on which it does not fit.
+
+    bytes_by_kind() returns what a device needs without sharding. All ranks do as rank 0 finds.
+    """
     if requested is not None:
         return requested == "fsdp"
-    return dist.world_size > 1 and dist.device.type == "cuda" and n_trained(model) > LARGE
-
-
-def n_trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def device_memory(device: torch.device) -> int:
-    """Returns the total memory of a device in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if dist.world_size == 1 or dist.device.type != "cuda":
+        return False
+    fits = dist.is_main and sum(bytes_by_kind().values()) < USABLE * device_memory(dist.device)
+    return not all_gather_object(dist, fits)[0]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -65,6 +62,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def prepare_blocks(model: nn.Module, dist: Dist, activation_checkpointing: bool, compile: bool) -> None:
     """Prepares a model on the meta device for training, after its parameters were frozen."""
+    if compile:
+        torch._dynamo.config.optimize_ddp = False  # it would split each compiled block where a bucket of 25 MB ends
+        torch._dynamo.config.recompile_limit = 64  # one entry per block of a kind and per mode; 8 are not enough
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dist.dtype)
     for block in blocks(model):
@@ -137,7 +137,8 @@ def wrap_ddp(model: nn.Module, dist: Dist, fsdp: bool) -> nn.Module:
     if fsdp or dist.world_size == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of cls_token and eos, which are tiny
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers are equal on all ranks and never change.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def autocast(dist: Dist, fsdp: bool) -> AbstractContextManager:

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -22,20 +23,23 @@ from data.check import check
 from data.conversations import Batch, Conversations, SampleSpec, Skipped, collate
 from data.mix import BatchSampler, Mixture, parse_mix
 from data.text import Tokenizer
+from device import device_memory
+from files import printable
 from model import Owl, OwlConfig
 from training import checkpoint
 from training.distributed import Dist, barrier
-from training.memory import activation_bytes
+from training.memory import activation_bytes, state_bytes
 from training.options import Recipe, make_recipe
-from training.parallel import LARGE, autocast, blocks, choose_fsdp, device_memory
+from training.parallel import LARGE, USABLE, autocast, blocks, choose_fsdp
 from training.parallel import materialize, prepare_blocks, shard, shard_group_size
 from training.presets import PRESETS, init_weights
 from training.pretrained import resize_position_embeddings
-from weights import WEIGHT_FILES, hf_tensors, read_config
+from weights import TOKENIZER_FILES, WEIGHT_FILES, hf_tensors, read_config
 
 # Flags that may differ when a run resumes: they do not change its result, except for rounding.
 NOT_COMPARED = ("out", "resume", "check", "dry_run", "val", "log_every", "val_every", "save_every", "keep")
 NOT_COMPARED += ("max_skipped", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
+NOT_COMPARED += ("data", "mix", "image_root")  # paths: the content is compared instead, by its fingerprint
 
 
 @dataclass
@@ -64,13 +68,14 @@ class TrainingRun:
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
 
-    @property
+    @cached_property
     def settings(self) -> dict:
         """The settings that must be equal when the run resumes. Their names are part of the checkpoint format."""
         settings = {name: value for name, value in vars(self.args).items() if name not in NOT_COMPARED}
         settings |= {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self.recipe).items()}
-        n_samples = [len(source) for source in self.data.sources]
-        return settings | {"precision": str(self.dist.dtype), "samples": n_samples}
+        sources = self.data.sources
+        settings |= {"samples": [len(source) for source in sources], "shares": self.data.n_slot}
+        return settings | {"precision": str(self.dist.dtype), "content": [source.fingerprint() for source in sources]}
 
 
 def count_parameters(model: Owl) -> str:
@@ -87,11 +92,13 @@ def count_parameters(model: Owl) -> str:
 
 
 def build_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Owl, Tokenizer, Recipe]:
-    """Returns the model without its weights, its tokenizer, and the recipe of its variant.
+    """Returns the model without its weights, its tokenizer, and the recipe of its variant. Raises ValueError.
 
     The model has the shape of --weights, or of --preset with the vocabulary of --tokenizer. It is on the meta device,
     because it takes memory only after the stage has frozen parameters and build_run has sharded it.
     """
+    if sys.platform == "win32":
+        raise ValueError("training needs Linux or macOS")
     if args.weights:
         tokenizer = Tokenizer(args.tokenizer or args.weights)
         config = read_config(args.weights)
@@ -154,14 +161,19 @@ def make_sampler(run: TrainingRun, first_step: int = 0) -> BatchSampler:
     )
 
 
-def check_samples(data: Mixture, dist: Dist) -> None:
-    """Warns about unreadable shards. Raises ValueError if the first rows of a source are all unusable."""
+def check_samples(data: Mixture, model: Owl, dist: Dist) -> None:
+    """Warns about unreadable shards and unsuitable data. Raises ValueError if a source's first rows are unusable."""
+    n_image = 0
     for source in data.sources:
         for reason in source.broken if dist.is_main else ():
-            print(f"warning: {reason}", file=sys.stderr)
+            print(f"warning: {printable(reason)}", file=sys.stderr)
         first = [source[0, index] for index in range(min(len(source), 20))]
         if all(isinstance(sample, Skipped) for sample in first):
             raise ValueError(f"none of the first {len(first)} rows of {source.path} can be used; {first[0].reason}")
+        n_image += sum(len(sample.images) for sample in first if not isinstance(sample, Skipped))
+    text_trains = any(p.requires_grad for name, p in model.llama.named_parameters() if ".multiway.1." not in name)
+    if n_image == 0 and not text_trains and dist.is_main:
+        print("warning: the first rows have no images, and text alone trains nothing in this stage", file=sys.stderr)
 
 
 # --- the run -----------------------------------------------------------------------------------------
@@ -190,21 +202,21 @@ def build_run(
         barrier(dist)
     if args.check:
         sys.exit(1 if check(data) else 0)
-    check_samples(data, dist)
+    check_samples(data, model, dist)
     if recipe.batch % (args.micro_batch * dist.world_size) != 0:
         sizes = f"{args.micro_batch} (--micro-batch) x {dist.world_size} processes"
         raise ValueError(f"--batch {recipe.batch} is not a multiple of {sizes}")
 
     # Blocks are compiled and checkpointed, and the model sharded, while it has no memory.
-    fsdp = choose_fsdp(args.parallel, model, dist)
     is_large = sum(p.numel() for p in model.parameters()) > LARGE
     prepare_blocks(model, dist, is_large if args.recompute is None else args.recompute, args.compile)
-    run = TrainingRun(args, recipe, dist, fsdp, model.train(), data, val_data)
+    run = TrainingRun(args, recipe, dist, False, model.train(), data, val_data)
+    run.fsdp = choose_fsdp(args.parallel, dist, lambda: memory_per_device(run, largest_batch(run)))
     if args.dry_run is not None:
         sys.exit(dry_run(run))
     run.checkpoint = find_checkpoint(run)
     run.out.mkdir(parents=True, exist_ok=True)
-    if fsdp:
+    if run.fsdp:
         shard(model, dist)
     torch.manual_seed(args.seed)
     materialize(model, chain(tensors, lora.init_lora(model)), dist.device)
@@ -212,26 +224,50 @@ def build_run(
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Raises ValueError if --out is missing, or if the run would overwrite a file or other weights in it."""
+    """Raises ValueError if --out is missing, or if the run would overwrite something that a run did not write.
+
+    A run's folder has weights only beside a checkpoint of their run. Other files, such as a log, do not matter.
+    """
     if not args.out:
         raise ValueError("give the run a folder: --out")
     out = Path(args.out)
-    if args.weights and out.resolve() == Path(args.weights).resolve():
-        raise ValueError(f"--out {out} is also --weights: the run would overwrite the model it starts from")
-    if any((out / name).exists() for name in WEIGHT_FILES[1:]):
-        raise ValueError(f"--out {out} already holds other weights: choose another folder")
+    for flag in ("weights", "tokenizer", "clip", "llama"):
+        if (path := getattr(args, flag, None)) and out.resolve() == Path(path).resolve():
+            raise ValueError(f"--out {out} is also --{flag}: the run would overwrite the model it starts from")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    for name in names & {"metrics.jsonl", "checkpoints", "adapter"}:
+        if (out / name).is_symlink():
+            raise ValueError(f"{out / name} is a link, and a run writes only into its own folder")
+    if others := names & set(WEIGHT_FILES[1:]):
+        raise ValueError(f"--out {out} already holds other weights ({min(others)}): choose another folder")
+    if any((path / checkpoint.MANIFEST).is_file() for path in checkpoint.newest_first(out / "checkpoints")):
+        return  # a run's folder: find_checkpoint compares its settings
+    written = {"config.json", "preprocessor_config.json", "adapter", *WEIGHT_FILES, *TOKENIZER_FILES}
+    others = {name for name in names if name in written or name.endswith(".safetensors")}
+    others |= {name for name in names & {"metrics.jsonl"} if not is_metrics(out / name)}
+    if others:
+        raise ValueError(f"--out {out} holds {min(others)}, but no checkpoint of a run: choose another folder")
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether this is the metrics.jsonl of a run."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(9) in (b"", b'{"step": ')
 
 
 def find_checkpoint(run: TrainingRun) -> tuple[Path, dict] | None:
     """Returns the checkpoint to resume from and its manifest, or None. Raises ValueError if it is from another run."""
+    now = run.settings
     found = checkpoint.find(run.checkpoints, run.dist)
     if found is None:
         return None
     if not run.args.resume:
         raise ValueError(f"{run.out} already holds a run: continue it with --resume, or choose another --out")
     path, manifest = found
-    saved, now = manifest["facts"]["settings"], run.settings
-    different = [f"{key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
+    saved = manifest["facts"]["settings"]  # an older one has no "content" and no "shares"
+    different = [f"{key}: {saved[key]} then, {now[key]} now" for key in now if key in saved and saved[key] != now[key]]
     if different:
         raise ValueError(f"{path} is from a run with other settings ({'; '.join(different)})")
     return found
@@ -240,12 +276,11 @@ def find_checkpoint(run: TrainingRun) -> tuple[Path, dict] | None:
 def dry_run(run: TrainingRun) -> int:
     """Prints what is trained and the memory that each device needs. Returns 0 if it fits, 1 if it does not."""
     dist = run.dist
-    batches = [collate([run.data[key] for key in keys]) for keys in islice(make_sampler(run), 4)]
-    largest = max(batches, key=lambda batch: (batch.n_image, batch.n_token))  # a step's largest come first
+    largest = largest_batch(run)
     needed = memory_per_device(run, largest)
     available = device_memory(dist.device)
     total = sum(needed.values())
-    fits = total < 0.95 * available  # the rest is fragmentation, and the device's own needs
+    fits = total < USABLE * available
     if dist.is_main:
         print(count_parameters(run.model))
         n_tokens = largest.ids.shape[1]
@@ -257,17 +292,19 @@ def dry_run(run: TrainingRun) -> int:
     return 0 if fits else 1
 
 
+def largest_batch(run: TrainingRun) -> Batch:
+    """The largest of the first micro-batches of this rank."""
+    batches = [collate([run.data[key] for key in keys]) for keys in islice(make_sampler(run), 4)]
+    return max(batches, key=lambda batch: (batch.n_image, batch.n_token))  # a step's largest come first
+
+
 def memory_per_device(run: TrainingRun, largest: Batch) -> dict[str, float]:
     """Bytes that training needs on each device, by kind. largest: the largest micro-batch of a step.
 
     run.model is on the meta device; with FSDP it is cast here. --dry-run N: for a node of N devices.
     """
     model, dist, fsdp = run.model, run.dist, run.fsdp
-    needed = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
-    for parameter in model.parameters():
-        needed["weights"] += parameter.nbytes
-        needed["gradients"] += parameter.nbytes * parameter.requires_grad
-        needed["optimizer"] += 2 * parameter.nbytes * parameter.requires_grad
+    needed = state_bytes(model)
     cpu_autocast = autocast(replace(dist, device=torch.device("cpu")), fsdp)
     if fsdp:
         n_devices = run.args.dry_run or shard_group_size(dist)
@@ -281,5 +318,5 @@ def memory_per_device(run: TrainingRun, largest: Batch) -> dict[str, float]:
     accumulate = fsdp or run.recipe.batch != run.args.micro_batch
     needed["activations"] = activation_bytes(model, *sizes, autocast=cpu_autocast, accumulate=accumulate)
     if not accumulate:  # a single micro-batch: gradients appear as activations are freed, and share their peak
-        needed["activations"] -= needed["gradients"]
+        needed["activations"] = max(0.0, needed["activations"] - needed["gradients"])
     return needed
