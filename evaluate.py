@@ -22,7 +22,7 @@ questions that share its batch or its process (runner.py explains why).
 equals the row's first answer (qa_file.py). --out is then a file with a line per question, written at the end.
 """
 
-import os
+import math
 import signal
 import sys
 from argparse import Namespace
@@ -32,7 +32,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from command import ArgumentParser, log, one_line, run, user_errors
+from command import ArgumentParser, log, run, user_errors
+from files import printable
 
 import torch
 import torch.distributed
@@ -43,7 +44,7 @@ from data.text import Tokenizer
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.html_report import format_number, report_page, write_page
 from evaluation.owleval import PUBLISHED_FILES, count_ratings, rating_page, read_published
-from evaluation.qa_file import answer_lines, count_table, read_cases
+from evaluation.qa_file import answer_lines, check_out, count_table, read_cases
 from evaluation.question import shuffle_images
 from evaluation.results import append_answer, open_run, write_results, write_text
 from evaluation.runner import Runner
@@ -54,6 +55,7 @@ from training.distributed import PRECISIONS, Dist, init_distributed
 from training.monitor import SkippedSamples
 from weights import read_config
 
+MAX_NUMBER = 100_000
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
 
 
@@ -84,7 +86,9 @@ def check_flags(args: Namespace) -> None:
     """Raises ValueError for flags that do not go together."""
     benchmark, n = BENCHMARKS.get(args.task), args.max_new_tokens
     rules = {
-        "--batch and --max-new-tokens must be at least 1": args.batch < 1 or (n is not None and n < 1),
+        **{f"--{name.replace('_', '-')} is empty": value == "" for name, value in vars(args).items()},
+        f"--batch should be 1 to {MAX_NUMBER:,}": not 1 <= args.batch <= MAX_NUMBER,
+        f"--max-new-tokens should be 1 to {MAX_NUMBER:,}": n is not None and not 1 <= n <= MAX_NUMBER,
         "--task needs --folder": benchmark and not args.folder,
         "--loss and --image-root are for --data": benchmark and (args.loss or args.image_root),
         "--folder is for --task; --data has --image-root": args.data and args.folder,
@@ -110,8 +114,6 @@ def resolve_defaults(args: Namespace) -> None:
 def load_model_and_tokenizer(args: Namespace, dist: Dist) -> tuple[Owl, Tokenizer]:
     """Loads --weights. Raises FileNotFoundError or ValueError as load_quantized and Tokenizer do."""
     tokenizer = Tokenizer(args.weights)
-    # With TF32, cuDNN's algorithms round float32 differently, and the batch size decides which of them runs.
-    torch.backends.cudnn.allow_tf32 = False
     model = load_quantized(args.weights, dist.device, dist.dtype, to=args.quantize)
     model.config.llama.eos_id = tokenizer.eos_id
     bits = bits_of(model)
@@ -137,7 +139,7 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
     if args.task == "owleval" and args.out:
         published = read_published(folder, questions)
         if published is None and dist.is_main:
-            log(f"rate.html will not be written: {folder} has no {PUBLISHED_FILES[0]}")
+            log(f"rate.html will not be written: {printable(folder)} has no {PUBLISHED_FILES[0]}")
 
     with open_run(args, questions, dist) if args.out else nullcontext(({}, {}, None)) as (record, answers, file):
         runner = make_runner(args, dist, folder)
@@ -148,9 +150,9 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
         results = list(zip(questions, texts, benchmark.score(texts, questions)))
         numbers = benchmark.summarize(results)
         title = benchmark.title if args.images == "right" else f"{benchmark.title} (images: {args.images})"
-        print(f"{title}\n{args.weights}, {len(results):,} answers\n")
+        print(f"{title}\n{printable(args.weights)}, {len(results):,} answers\n")
         for name, number in numbers.items():
-            print(f"{one_line(name):<40} {format_number(number):>10}")
+            print(f"{printable(name):<40} {format_number(number):>10}")
         if not args.out:
             return
         out = Path(args.out)
@@ -167,9 +169,8 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
 def run_qa_file(args: Namespace, dist: Dist) -> None:
     """Asks the questions of --data and prints how many answers are right; --out lists them in the file's order."""
     out = Path(args.out) if args.out else None
-    is_taken = out and (out.resolve() == Path(args.data).resolve() or (out.exists() and not out.is_file()))
-    if out and (is_taken or not os.access(out.parent, os.W_OK)):
-        raise ValueError(f"--out {out} should be a file of its own in a folder that can be written to")
+    if out:
+        check_out(out)
     root = Path(args.image_root) if args.image_root else Path(args.data).parent
     cases = read_cases(Path(args.data), root)
     questions = [case.question for case in cases]
@@ -188,7 +189,13 @@ def print_loss(args: Namespace, dist: Dist) -> None:
     spec = SampleSpec.for_model(model.config, tokenizer, fit=args.fit)
     data = Conversations(args.data, spec, image_root=args.image_root)
     skipped = SkippedSamples()
-    print(repr(evaluate_loss(model, data, args.batch, dist, skipped=skipped)))
+    loss = evaluate_loss(model, data, args.batch, dist, skipped=skipped)
+    skipped = skipped.gather(dist)
+    if skipped.count.total() == len(data):
+        raise ValueError(f"no row of {args.data} can be used")
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}: use --precision fp32, unless the weights are damaged")
+    print(repr(loss))
     if skipped.count:
         log(f"skipped rows:\n{skipped.report()}")
 
@@ -216,15 +223,17 @@ def main() -> None:
         signal.signal(number, interrupt)
     try:
         with user_errors(), explain_runtime_errors(args.device):
+            check_flags(args)
             if args.ratings:
                 print(count_ratings(Path(args.ratings)))
                 return
-            check_flags(args)
             resolve_defaults(args)
             dist = init_distributed(args.device, args.precision)
             command = run_benchmark if args.task else print_loss if args.loss else run_qa_file
             command(args, dist)
     except KeyboardInterrupt as error:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         log("stopped" + ("; the same command continues the run" if args.task and args.out else ""))
         sys.exit(128 + error.args[0])
     if torch.distributed.is_initialized():

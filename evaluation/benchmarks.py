@@ -16,6 +16,7 @@ that yields its questions and an entry in BENCHMARKS.
 import base64
 import csv
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +28,14 @@ import evaluation.scoring as scoring
 from data import CAPTION_REQUEST
 from data.text import IMAGE_PLACEHOLDER
 from evaluation.question import Question, Results
-from weights import reading
+from files import check_file, reading
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 PICK_LETTER = "Answer with the option’s letter from the given choices directly."  # the released script's apostrophe
 PICK_LETTER_CN = "请直接回答选项字母。"  # LLaVA's prompt for Chinese; Owl2's script has none
 SPACED = (SHORT_ANSWER, CAPTION_REQUEST)  # prompts with a space after "ASSISTANT:" in the released scripts
 LETTERS = "ABCDE"
+MAX_FILE = 1_000_000_000  # bytes of a file that is read as a whole
 
 
 @dataclass
@@ -81,14 +83,14 @@ class Benchmark:
 
 
 def check_image(folder: Path, path: str, where: str) -> None:
-    """Raises ValueError for a path that is not below the folder, FileNotFoundError if there is no file."""
-    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
-        raise ValueError(f"{where}: {path!r:.200} is not a path below {folder}")
+    """Raises ValueError for a path that is or links to a file not below the folder, FileNotFoundError for no file."""
     try:
-        is_file = (folder / path).is_file()
-    except OSError:  # a name that is too long
-        is_file = False
-    if not is_file:
+        file = os.path.realpath(folder / path)
+    except ValueError:  # a null byte or a lone surrogate
+        file = ""
+    if file and not PurePath(file).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{where}: {path!r:.200} is not a path below {folder}, after links")
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"{where}: there is no file {path!r:.200} in {folder}")
 
 
@@ -128,15 +130,21 @@ def get_texts(row: object, key: str, of: str | None = None) -> list[str]:
 def read_field(path: Path, key: str | None = None, kind: type = list):
     """Returns a field of the object in a JSON file, or with key=None the file's whole content."""
     with reading(path):
+        check_file(path, MAX_FILE)
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         return get(content, key, kind) if key else get({"its content": content}, "its content", kind)
 
 
+def read_text_lines(path: Path) -> list[str]:
+    """Returns the lines of a file that are not blank."""
+    with reading(path):
+        check_file(path, MAX_FILE)
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+
+
 def read_lines(path: Path) -> list[object]:
     """Returns the rows of a file with one JSON value per line."""
-    with reading(path):
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    rows = []
+    lines, rows = read_text_lines(path), []
     for i, line in enumerate(lines):
         with in_row(path, i):
             rows.append(json.loads(line))
@@ -146,8 +154,10 @@ def read_lines(path: Path) -> list[object]:
 def read_table(path: Path, delimiter: str, names: tuple[str, ...] | None = None) -> list[dict[str, str]]:
     """Returns the rows of a CSV or TSV file. names: of its columns, if its first row does not name them."""
     csv.field_size_limit(2**30)  # a cell may hold an image
-    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, names, delimiter=delimiter))
+    with reading(path):
+        check_file(path, MAX_FILE)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, names, delimiter=delimiter))
     for i, row in enumerate(rows):
         with in_row(path, i):
             if None in row or None in row.values():
@@ -353,8 +363,7 @@ def read_mme(folder: Path) -> Iterator[Question]:
         image_of = {path.stem: path for path in sorted(images.rglob("*")) if path.suffix != ".txt"}
         for path in find_files(texts, "*.txt"):
             image = image_of.get(path.stem, images / f"{path.stem}.jpg").relative_to(folder).as_posix()
-            with reading(path):
-                lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            lines = read_text_lines(path)
             for i, line in enumerate(lines):
                 question, _, truth = line.rpartition("\t")
                 truth = truth.strip().lower()
@@ -382,7 +391,8 @@ def read_pope(folder: Path) -> Iterator[Question]:
 def read_mmlu(folder: Path) -> Iterator[Question]:
     """The authors' prompt, including the two spaces after "about"."""
     for path in find_files(folder / "test", "*_test.csv"):
-        subject = path.name.removesuffix("_test.csv")
+        with in_row(path, 0):
+            subject = get({"the file's name": path.name.removesuffix("_test.csv")}, "the file's name")
         examples = read_mmlu_table(folder / "dev" / f"{subject}_dev.csv")[:5]
         shots = [f"{prompt} {truth}\n\n" for prompt, truth in examples]
         intro = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"

@@ -17,6 +17,7 @@ from data.text import IMAGE_PLACEHOLDER
 from evaluation.question import ImageSource, Question, Results
 from evaluation.results import write_text
 from evaluation.runner import open_image
+from files import printable
 
 N_EXAMPLES = 24  # right answers on a page, and as many wrong ones
 MAX_PROMPT = 600  # characters of a prompt on a page; what comes before are worked examples
@@ -47,7 +48,7 @@ def page_head(title: str, policy: str = "") -> str:
 
 def write_page(path: Path, html: str) -> None:
     write_text(path, html)
-    print(f"\npage: {path}")
+    print(f"\npage: {printable(path)}")
 
 
 def thumbnail(source: ImageSource, folder: Path, question_id: str, *, size: int) -> str:

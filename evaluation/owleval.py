@@ -89,7 +89,7 @@ def rating_page(results: Results, published: dict[str, str], *, weights: str, fo
         html.append("</div>")
         ratings.append({"id": question.id, "ability": question.group, "ours": side_of[first]})
     answers = "\n".join(answer for _, answer, _ in results)
-    page_id = random.Random(f"{weights} {seed} {answers}").getrandbits(64)
+    page_id = random.Random(f"{weights} {seed} {answers}".encode(errors="replace")).getrandbits(64)
     key = {"weights": weights, "page": f"owleval {page_id:x}", "ratings": ratings}
     text = json.dumps(key).replace("<", "\\u003c")  # only "<" could end the script element
     html.append('<hr><p><button>save</button></p></form><script type="application/json" id="key">')

@@ -7,17 +7,23 @@ them, where image and text contradict each other).
 """
 
 import json
+import os
+import stat
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.sources import read_rows
+from data.sources import read_rows, standard_row
 from data.text import conversation_turns
-from evaluation.benchmarks import check_image, get, in_row
+from evaluation.benchmarks import check_image, in_row
 from evaluation.question import Question
 from evaluation.runner import count_placeholders
 from evaluation.scoring import is_exact_match
+from files import printable
 
+FIELDS = ("question", "truth", "images", "answer")  # of a line of --out, besides NOTES
+MAX_LINE = 10_000_000  # bytes
 NOTES = {"kind": str, "seen": bool, "image_answer": str, "text_answer": str}
 
 
@@ -34,16 +40,14 @@ def read_cases(path: Path, image_root: Path) -> list[Case]:
     cases = []
     for i, row in enumerate(read_rows(path)):
         with in_row(path, i):
-            if not isinstance(row, dict):
-                raise ValueError(row if isinstance(row, str) else "it should be an object with fields")
-            turns = conversation_turns(row.get("text", row.get("conversations")))
-            images = row.get("image") or []
-            images = [images] if isinstance(images, str) else images
-            n_images = [count_placeholders(turn) for turn in turns]
-            if not isinstance(images, list) or len(images) != sum(n_images):
+            row = standard_row(row)
+            turns = conversation_turns(row["conversations"] if row.get("text") is None else row["text"])
+            images, n_images = row["image"], [count_placeholders(turn) for turn in turns]
+            if len(images) != sum(n_images):
                 raise ValueError(f"image should list the {sum(n_images)} images of the conversation's placeholders")
             for image in images:
-                check_image(image_root, get({"image": image}, "image"), f"{path}, row {i}")
+                if isinstance(image, str):
+                    check_image(image_root, image, f"{path}, row {i}")
             notes = {name: row[name] for name in NOTES if row.get(name) is not None}
             for name, note in notes.items():
                 if not isinstance(note, NOTES[name]):
@@ -70,13 +74,28 @@ def count_table(cases: list[Case], answers: dict[str, str]) -> str:
             else:
                 sections["given"][name].append(is_exact_match(answer, note))
     lines = [line for section in sections.values() for line in sorted(section.items())]
-    width = max(10, *(len(name) for name, _ in lines))
+    width = max(10, *(len(printable(name)) for name, _ in lines))
     rows = []
     for name, counts in lines:
-        name = "".join(c if c.isprintable() else "?" for c in name)  # no control characters on a terminal
         n_right, n = sum(counts), len(counts)
-        rows.append(f"{name:<{width}} {n_right:>6} of {n:>6}  {100 * n_right / n:.2f} %")
+        rows.append(f"{printable(name):<{width}} {n_right:>6} of {n:>6}  {100 * n_right / n:.2f} %")
     return "\n".join(rows)
+
+
+def check_out(out: Path) -> None:
+    """Raises OSError or ValueError if no file can be written there, or one exists that is not made of answer_lines."""
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: there is no such folder, or it cannot be written to")
+    try:
+        is_file = stat.S_ISREG(os.lstat(out).st_mode)
+    except FileNotFoundError:
+        return
+    row = None
+    if is_file:
+        with out.open("rb") as file, suppress(ValueError, RecursionError):
+            row = json.loads(file.readline(MAX_LINE))
+    if not isinstance(row, dict) or not set(FIELDS) <= set(row) <= {*FIELDS, *NOTES}:
+        raise ValueError(f"--out {out} exists and is not a file of answers: choose another --out")
 
 
 def answer_lines(cases: list[Case], answers: dict[str, str]) -> str:
@@ -84,6 +103,7 @@ def answer_lines(cases: list[Case], answers: dict[str, str]) -> str:
     lines = []
     for case in cases:
         q = case.question
-        row = {"question": q.prompt, "truth": q.truth, "images": q.images} | case.notes | {"answer": answers[q.id]}
+        images = [image if isinstance(image, str) else "part of the row" for image in q.images]
+        row = {"question": q.prompt, "truth": q.truth, "images": images} | case.notes | {"answer": answers[q.id]}
         lines.append(json.dumps(row) + "\n")
     return "".join(lines)

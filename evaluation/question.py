@@ -31,7 +31,8 @@ Results = list[tuple[Question, str, float | None]]  # question, answer, score
 
 def shuffle_images(questions: list[Question], seed: int) -> list[Question]:
     """Returns the questions with their images permuted. Equal seeds give equal permutations."""
-    sources = sorted({source for question in questions for source in question.images})
+    sources = {source for question in questions for source in question.images}
+    sources = sorted(sources, key=lambda source: (isinstance(source, bytes), source))
     permuted = list(sources)
     random.Random(seed).shuffle(permuted)
     new_source = dict(zip(sources, permuted))

@@ -9,32 +9,40 @@
     results.json          at the end: the numbers, and the content of run.json
 
 A run continues with every complete line of all ranks. The main process cuts off incomplete lines before any process
-writes.
+writes. Files that this module did not write are not changed, and links in the folder are refused.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import platform
+import stat
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+    import msvcrt
 
 import numpy
 import PIL
 import sentencepiece
 import torch
 
-from evaluation.benchmarks import get, in_row, read_field
+from evaluation.benchmarks import MAX_FILE, get, in_row, read_field
 from evaluation.question import Question, Results
+from files import read_bytes, reading, writing
 from inference.quantize import read_quantization
 from training.distributed import Dist, all_gather_object
-from weights import weight_files, writing
+from weights import weight_files
 
 SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer_config.json")  # hashed; of weights only the size is kept
 
@@ -58,7 +66,7 @@ def describe_settings(args: Namespace, questions: list[Question], dist: Dist) ->
         "questions": len(questions),
         "questions' sha256": digest.hexdigest(),
         "weights": str(weights.resolve()),
-        **{f"sha256 of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
+        **{f"sha256 of {path.name}": hash_file(path) for path in small},
         **{f"bytes of {path.name}": path.stat().st_size for path in weight_files(weights)},
         "quantize": args.quantize or read_quantization(weights),
         "dtype": str(dist.dtype),
@@ -68,6 +76,11 @@ def describe_settings(args: Namespace, questions: list[Question], dist: Dist) ->
         "min_new_tokens": args.min_new_tokens,
         "max_new_tokens": args.max_new_tokens,
     }
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_start(args: Namespace, questions: list[Question], dist: Dist) -> dict:
@@ -100,7 +113,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def open_run(
     args: Namespace, questions: list[Question], dist: Dist
-) -> Iterator[tuple[dict, dict[str, str], TextIO]]:
+) -> Iterator[tuple[dict, dict[str, str], FileIO]]:
     """Starts or continues the run in the folder --out.
 
     Yields the content of run.json, the answers so far by question id, and the file to which this process appends.
@@ -119,23 +132,35 @@ def open_run(
         outcome = all_gather_object(dist, outcome)[0]
         if isinstance(outcome, Exception):
             raise outcome
-        yield *outcome, stack.enter_context((out / f"answers-{dist.rank}.jsonl").open("a", encoding="utf-8"))
+        yield *outcome, stack.enter_context(open_own(out / f"answers-{dist.rank}.jsonl"))
 
 
-def lock_run(out: Path) -> TextIO:
+def lock_run(out: Path) -> FileIO:
     """Creates a run's folder if necessary and locks it until the returned file is closed."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "run.json").is_file() and any(not path.name.startswith("run.") for path in out.iterdir()):
         raise ValueError(f"--out {out} holds files, but no run.json: choose another --out")
-    file = (out / "run.lock").open("w")
+    for path in out.iterdir():
+        if not (stat.S_ISREG(path.lstat().st_mode) or stat.S_ISDIR(path.lstat().st_mode)):
+            raise ValueError(f"{path} is a link or a device, and would be written through: choose another --out")
+    file = open_own(out / "run.lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # the first byte
+    except (BlockingIOError, PermissionError):  # of flock, of msvcrt
         file.close()
         raise ValueError(f"{out} is locked by another run: wait for it, or choose another --out") from None
     except OSError:
         pass  # a file system without locks
     return file
+
+
+def open_own(path: Path) -> FileIO:
+    """Opens a file to append to it, and creates it if necessary; does not follow a link."""
+    no_follow = getattr(os, "O_NOFOLLOW", 0)  # Windows does not have it
+    return open(path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags | no_follow, 0o644))
 
 
 def resume_run(out: Path, record: dict, ids: set[str]) -> tuple[dict, dict[str, str]]:
@@ -149,29 +174,46 @@ def resume_run(out: Path, record: dict, ids: set[str]) -> tuple[dict, dict[str, 
             raise ValueError(f"{out} holds a run with other settings ({listed}): choose another --out")
         record["starts"] = read_field(out / "run.json", "starts") + record["starts"]
 
-    answers, ends = {}, {}
+    answers, cut = {}, {}
     for path in files:
-        content = path.read_bytes()
-        ends[path] = content.rfind(b"\n") + 1
+        with reading(path):
+            content = read_bytes(path, MAX_FILE)
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            cut[path] = content[:end]
+            if end == 0 and not is_start_of_answer(content, ids):
+                raise ValueError(f"{path} has no answers of this run: delete it to continue")
         for i, line in enumerate(content.split(b"\n")[:-1]):
             with in_row(path, i):
                 row = json.loads(line)
                 if get(row, "id") not in ids:
                     raise ValueError("not an answer of this run: delete it to continue")
                 answers[row["id"]] = get(row, "answer")
-    for path, end in ends.items():
-        os.truncate(path, end)
+    for path, content in cut.items():
+        with writing(path) as part:
+            part.write_bytes(content)
     write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
     return record, answers
 
 
-def append_answer(file: TextIO, turns: list[Question], answer: str) -> None:
+def is_start_of_answer(content: bytes, ids: set[str]) -> bool:
+    """Whether append_answer has begun to write this line; a file system that lost power may have zeros instead."""
+    starts = (f'{{"id": {json.dumps(id)}, "prompt": '.encode() for id in ids)
+    return not content.strip(b"\0") or any(content.startswith(start) or start.startswith(content) for start in starts)
+
+
+def append_answer(file: FileIO, turns: list[Question], answer: str) -> None:
     """Saves the answer to the last of some turns. After a kill at most the last line is incomplete."""
     row = {"id": turns[-1].id, "prompt": turns[-1].prompt, "answer": answer}
     if len(turns) > 1:
         row["before"] = [turn.id for turn in turns[:-1]]
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+    line = json.dumps(row).encode() + b"\n"
+    try:
+        is_full = file.write(line) < len(line)
+    except OSError as error:  # it does not name the file
+        raise OSError(error.errno, error.strerror, file.name) from None
+    if is_full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def write_results(out: Path, results: Results, numbers: dict[str, float], record: dict) -> None:

@@ -17,10 +17,10 @@ An answer does not depend on the other questions of its batch, nor on the number
   only if two tokens are equally probable up to rounding; in bfloat16 it may change a few answers.
 """
 
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data.image import load_image, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer, expand_images, render_prompt
+from device import not_finite
 from evaluation.question import ImageSource, Question
 from inference.fast_decode import FastDecoder
 from model import Owl
@@ -123,6 +124,8 @@ def choose(
     row, position, token = zip(*(entry for entries in predicted for entry in entries))
     x = model.llama(x, modality)[row, position]  # [number of tokens in all choices, n_embd]
     log_p = model.llama.lm_head(x).float().log_softmax(dim=-1)[range(len(token)), token]
+    if not log_p.isfinite().all():
+        raise not_finite(model, stacked)
     sums = iter(part.sum().item() for part in log_p.cpu().split([len(entries) for entries in predicted]))
     return [max(zip(texts, sums), key=lambda choice: choice[1])[0] for texts in choices]
 
@@ -134,11 +137,11 @@ def choose(
 def open_image(source: ImageSource, folder: Path, question_id: str) -> Iterator[Image.Image]:
     """Yields an image as load_image reads it. A ValueError or OSError, also in the body, becomes a ValueError that
     names the file, or the question if the source is a file's content."""
+    name = f"question {question_id!r:.80}" if isinstance(source, bytes) else str(folder / source)
     try:
-        yield load_image(source if isinstance(source, bytes) else (folder / source).read_bytes())
+        yield load_image(source if isinstance(source, bytes) else folder / source)
     except (ValueError, OSError) as error:
-        name = f"question {question_id!r:.80}" if isinstance(source, bytes) else folder / source
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from None
 
 
 def assign(questions: list[Question], answers: dict[str, str], dist: Dist) -> list[list[Question]]:
@@ -222,9 +225,8 @@ class Runner:
         batches = [conversations[i : i + self.batch_size] for i in range(0, len(conversations), self.batch_size)]
         pixels: dict[ImageSource, Future] = {}
         encoded: dict[ImageSource, Tensor] = {}
-        with warnings.catch_warnings(), ThreadPoolExecutor(N_READ_THREADS) as pool:
-            # load_image sets this filter temporarily, which is not thread-safe, so it is set for all threads.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with ThreadPoolExecutor(N_READ_THREADS) as pool, ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C, no more images are read
             for i, batch in enumerate(batches):
                 # Read the images of this batch and of the next ones in threads; drop those of earlier batches.
                 ids = image_ids([turns for part in batches[i : i + 1 + N_PREFETCH] for turns in part])
@@ -262,23 +264,23 @@ class Runner:
         Yields (the turns in the prompt, the answer to the last of them).
         """
         for n in range(1, max(map(len, batch), default=0) + 1):
-            due = [turns[:n] for turns in batch if len(turns) >= n and turns[n - 1].id not in answers]
-            if not due:
-                continue
-            prompts = [self.fit_prompt(turns, answers) for turns in due]
-            messages = [messages for _, messages in prompts]
-            # Of all turns: the images of turns that were removed stay in the prompt.
-            visual = [images[source] for turns in due for turn in turns for source in turn.images]
-            last = due[0][-1]  # the questions of a benchmark are alike
-            if last.choices:
-                choices = [turns[-1].choices for turns in due]
-                texts = choose(self.model, self.tokenizer, messages, visual, choices=choices)
-            else:
-                limits = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": self.min_new_tokens}
-                texts = ask(self.model, self.tokenizer, messages, visual, space=last.space, **limits)
-            for (turns, _), text in zip(prompts, texts):
-                answers[turns[-1].id] = text
-                yield turns, text
+            kinds = defaultdict(list)  # questions that can be asked together
+            for turns in (turns[:n] for turns in batch if len(turns) >= n and turns[n - 1].id not in answers):
+                kinds[bool(turns[-1].choices), turns[-1].space].append(turns)
+            for (has_choices, space), due in kinds.items():
+                prompts = [self.fit_prompt(turns, answers) for turns in due]
+                messages = [messages for _, messages in prompts]
+                # Of all turns: the images of turns that were removed stay in the prompt.
+                visual = [images[source] for turns in due for turn in turns for source in turn.images]
+                if has_choices:
+                    choices = [turns[-1].choices for turns in due]
+                    texts = choose(self.model, self.tokenizer, messages, visual, choices=choices)
+                else:
+                    limits = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": self.min_new_tokens}
+                    texts = ask(self.model, self.tokenizer, messages, visual, space=space, **limits)
+                for (turns, _), text in zip(prompts, texts):
+                    answers[turns[-1].id] = text
+                    yield turns, text
 
     def fit_prompt(self, turns: list[Question], answers: dict[str, str]) -> tuple[list[Question], list[str]]:
         """Returns the turns that are in the prompt of the last one, and their messages.

@@ -8,6 +8,7 @@ fixtures/questions.json has the questions that the readers should make of them.
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_errors_name_the_row(folder, file, key, change, words):
         BENCHMARKS["vqav2"].read(path.parent)
 
 
-@pytest.mark.parametrize("image", ["../42.jpg", "a/../../42.jpg", "{root}/1.jpg", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("image", ["../../42.jpg", "a/../../../42.jpg", "{root}/1.jpg", "a\0b", "x" * 5000])
 def test_image_paths_stay_in_the_folder(folder, image):
     root = folder("owleval")
     row = {"image": image.replace("{root}", str(root)), "question_id": 1, "question": "What?"}
@@ -165,10 +166,50 @@ def test_image_paths_stay_in_the_folder(folder, image):
     assert ".." not in image or "not a path below" in str(error.value)
 
 
+def test_linked_images_stay_in_the_folder(folder):
+    root = folder("owleval")
+    (root / "questions.jsonl").write_text(json.dumps({"image": "link.jpg", "question_id": 1, "question": "What?"}))
+    images = (root / "cases") if (root / "cases").is_dir() else (root / "images")
+    (images / "link.jpg").symlink_to(next(images.glob("*.jpg")))
+    assert BENCHMARKS["owleval"].read(root)
+    Image.new("RGB", (2, 2)).save(root.parent / "outside.jpg")
+    (images / "link.jpg").unlink()
+    (images / "link.jpg").symlink_to(root.parent / "outside.jpg")
+    with pytest.raises(ValueError, match="link.jpg"):
+        BENCHMARKS["owleval"].read(root)
+
+
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def enlarge(path):
+    os.truncate(path, 2**36)  # a hole, which takes no space
+
+
+@pytest.mark.parametrize("change", [replace_by_pipe, enlarge])
+@pytest.mark.parametrize("name", ("vizwiz", "pope", "mmbench", "mmlu", "mme"))
+def test_pipes_and_giant_files_are_refused(folder, name, change):
+    root = folder(name)
+    path = min(path for path in root.rglob("*.*") if path.suffix in (".json", ".tsv", ".csv", ".txt"))
+    change(path)
+    with pytest.raises(ValueError, match=path.name):
+        BENCHMARKS[name].read(root)
+
+
+def test_file_name_that_is_not_utf8_is_refused(folder):
+    root = folder("mmlu")
+    path = next((root / "test").glob("*.csv"))
+    path.rename(os.fsdecode(os.fsencode(path.parent) + b"/\xff_test.csv"))
+    with pytest.raises(ValueError, match="surrogates"):
+        BENCHMARKS["mmlu"].read(root)
+
+
 def test_absolute_path_is_refused(folder):
     path = folder("coco") / "dataset_coco.json"
     content = json.loads(path.read_text())
-    content["images"][0]["filepath"] = str(path.parent / "val2014")
+    content["images"][0]["filepath"] = str(path.parent.parent)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="not a path below"):
         BENCHMARKS["coco"].read(path.parent)

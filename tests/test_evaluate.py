@@ -1,23 +1,27 @@
 """evaluate.py and its runner: answers, run folders, pages, and refused input."""
 
 import base64
+import errno
 import functools
+import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 import evaluate
-from conftest import GOLDEN, make_config, make_owl
+from conftest import GOLDEN, assert_close, make_config, make_owl
 from data.image import load_image, to_pixels
 from data.text import OWL1_SYSTEM, Tokenizer, render_conversation
 from evaluation import html_report, results, runner
@@ -193,25 +197,51 @@ def test_answers_are_counted(data, color_model, folder):
 
 
 def test_control_characters_are_not_printed(data, color_model):
-    assert "?[31mred" in main(*data([GOOD | {"kind": "\x1b[31mred"}]))
+    assert "\\x1b[31mred" in main(*data([GOOD | {"kind": "\x1b[31mred"}]))
 
 
-def test_out_is_written_at_the_end_and_never_over_the_data(data, color_model, folder):
-    out = folder / "answers.jsonl"
-    out.write_text("earlier")
+def test_out_is_written_at_the_end_and_replaces_only_its_own_files(data, color_model, folder):
+    out, flags = folder / "answers.jsonl", data([GOOD])
+    main(*flags, "--out", out)
+    written = out.read_bytes()
+    assert json.loads(written)["answer"] == "red"
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:50])
     assert "broken.png" in refused(*data([GOOD, row("broken.png", "<image>?", "a")]), "--out", out)
-    assert out.read_text() == "earlier"
-    for other in (folder / ".." / folder.name / "data.json", "/dev/null"):
-        refused(*data([GOOD]), "--out", other)
-    assert json.loads((folder / "data.json").read_text()) == [GOOD]
-    main(*data([GOOD]), "--out", out)
-    assert json.loads(out.read_text())["answer"] == "red" and not list(folder.glob("*.part"))
+    assert out.read_bytes() == written
+    main(*data([GOOD, GOOD]), "--out", out)
+    assert len(read_jsonl(out)) == 2 and not list(folder.glob("*.part"))
+
+    (folder / "empty").touch()
+    (folder / "link").symlink_to(out)
+    os.mkfifo(folder / "fifo")
+    write_jsonl(folder / "other.jsonl", [json.loads(written) | {"conversations": []}])
+    others = ("data.json", f"../{folder.name}/data.json", "red.png", "empty", "other.jsonl", "link", "fifo", ".")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for name in (*others, "/dev/null", "x" * 300):
+        refused(*flags, "--out", folder / name)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert (folder / "link").is_symlink()
 
 
 def test_text_format_of_owl1(data, color_model):
     text = f"{OWL1_SYSTEM}\nHuman: <image>\nHuman: Which?\nAI: red"
     assert scores(main(*data([{"image": ["red.png"], "text": text}], "owl1")))["all"] == (1, 1)
+
+
+def test_rows_are_read_as_in_training(data, color_model, folder):
+    """OpenAI's messages with an image in the row, `images`, and an absolute path below the image root."""
+    url = "data:image/png;base64," + base64.b64encode((folder / "blue.png").read_bytes()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Which?"}]
+    openai = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "blue"}]}
+    listed = {"images": ["green.png"], "conversations": row(None, "<image>Which?", "green")["conversations"]}
+    flags = data([openai, listed, row(str(folder / "red.png"), "<image>Which?", "red")])
+    assert scores(main(*flags, "--out", folder / "answers.jsonl"))["all"] == (3, 3)
+    assert len(read_jsonl(folder / "answers.jsonl")) == 3
+    assert scores(main(*flags, "--images", "shuffled"))["all"][1] == 3
+    del listed["images"]
+    for name in ("images", "video"):
+        unmarked = row(None, "Which?", "green") | {name: ["green.png"]}
+        assert "row 1" in refused(*data([openai, unmarked]))
 
 
 def test_blank_and_shuffled_images(data, color_model):
@@ -241,6 +271,13 @@ def test_fit(data, color_model, folder, variant, flags, fit):
     assert torch.equal(color_model[0], to_pixels(load_image(folder / "noise.png"), SIZE, fit))
 
 
+def test_loss_of_no_row_is_an_error(data):
+    """Not a loss of 0."""
+    flags = data([row("gone.png", "<image>?", "a")])
+    code, out, err = run_main(evaluate.main, "--device", "cpu", *flags, "--loss")
+    assert (code, out) == (2, "") and "gone.png" in err and "error: no row" in err
+
+
 def test_loss_equals_cross_entropy_of_the_logits(data, weights):
     rows = [row(None, "One?", "Two.", "Three?", "Four.")]
     printed = main(*data(rows), "--loss")
@@ -248,10 +285,11 @@ def test_loss_equals_cross_entropy_of_the_logits(data, weights):
     ids, labels = render_conversation(rows[0]["conversations"], Tokenizer(weights("owl2")), "owl2")
     logits, _ = model(torch.tensor([ids]))
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(labels[1:]), ignore_index=-100)
-    assert float(printed) == pytest.approx(expected.item(), abs=1e-5)
+    assert_close(float(printed), expected.item())
 
 
 BAD_ROWS = {
+    "link outside": (row("link.png", "<image>?", "a"), "link.png"),
     "missing image": (row("gone.png", "<image>?", "a"), "gone.png"),
     "image outside": (row("../outside.png", "<image>?", "a"), "not a path below"),
     "absolute image": (row(str(GOLDEN.parent / "data.png"), "<image>?", "a"), "not a path below"),
@@ -270,6 +308,7 @@ BAD_ROWS = {
 def test_bad_row_is_one_line(data, folder, case):
     bad, words = BAD_ROWS[case]
     Image.new("RGB", (4, 4)).save(folder.parent / "outside.png")
+    (folder / "link.png").symlink_to(folder.parent / "outside.png")
     assert words in refused(*data([GOOD, bad, GOOD]))
 
 
@@ -295,6 +334,16 @@ def test_broken_json_line_is_named(data, folder):
         (("--task", "coco", "--folder", "nowhere", "--max-new-tokens", "4"), "--max-new-tokens"),
         (("--task", "arc-e", "--folder", "nowhere", "--max-new-tokens", "4"), "--max-new-tokens"),
         (("--ratings", "nowhere.json"), "nowhere.json"),
+        (("--ratings", ""), "--ratings"),
+        (("--ratings", "/dev/zero"), "/dev/zero"),
+        (("--device", ""), "--device"),
+        (("--weights", ""), "--weights"),
+        (("--image-root", ""), "--image-root"),
+        (("--out", ""), "--out"),
+        (("--batch", 10**12), "--batch"),
+        (("--batch", "9" * 5000), "--batch"),
+        (("--max-new-tokens", 10**12), "--max-new-tokens"),
+        (("--seed", "x\x1b[31m\n"), "--seed"),
     ],
 )
 def test_wrong_flag_is_one_line(data, flags, words):
@@ -387,6 +436,26 @@ def test_choose_equals_a_plain_loop(weights, variant):
     alone = [choose(model, tokenizer, [q], own, choices=[c])[0] for q, own, c in zip(questions, images, choices)]
     assert together == alone == expected
     assert len(set(expected)) > 3
+
+
+def test_questions_of_several_kinds_share_a_batch(make_runner):
+    """With a space and without, with choices and without: each is asked as it is alone."""
+    kinds = [{}, {"space": True}, {"choices": ["A", "B"]}, {"space": True}, {"choices": ["the cat", "a dog"]}]
+    questions = [Question(str(i), "What is it?", [], **kind) for i, kind in enumerate(kinds)]
+    together, alone = (make_runner(batch_size=size, max_new_tokens=6).run(questions, {}) for size in (5, 1))
+    assert together == alone and alone["0"] != alone["1"]
+
+
+@pytest.mark.parametrize("flags", [("--loss",), ("--max-new-tokens", 5), ()])
+def test_logits_that_are_not_finite_are_an_error(data, task, weights, tmp_path, flags):
+    """Not a loss of nan, and not wrong answers."""
+    model = load_model(weights("owl2"))
+    model.llama.norm.weight.data[3] = torch.nan
+    model.tokenizer_folder = GOLDEN / "text"
+    save_model(model, tmp_path / "nan")
+    asked = data([row(None, "One?", "Two.")]) if flags else task(FIXTURES / "arc-c", tmp_path / "run", name="arc-c")
+    assert re.search("finite|nan", refused(*asked, *flags, "--weights", tmp_path / "nan").replace(str(tmp_path), ""))
+    assert not (tmp_path / "run").exists() or not saved_lines(tmp_path / "run")
 
 
 def test_unreadable_image_content_is_named_by_its_question(folder):
@@ -505,6 +574,21 @@ def test_interrupted_run_continues(task, easy, finished_run, tmp_path, monkeypat
     assert saved_lines(tmp_path / "run") == saved_lines(finished_run)
 
 
+def test_full_disk_is_named_and_the_run_continues(task, easy, finished_run, tmp_path):
+    """Where a limit on the size of files stands for the full disk: in the middle of an answer."""
+    flags, half = task(easy, tmp_path / "run"), (finished_run / "answers-0.jsonl").stat().st_size // 2
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
+    try:
+        assert "answers-0.jsonl" in refused(*flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "run" / "answers-0.jsonl").stat().st_size == half
+    main(*flags)
+    assert saved_lines(tmp_path / "run") == saved_lines(finished_run)
+
+
 def test_each_image_is_read_and_encoded_once(task, easy, tmp_path, monkeypatch):
     """For any batch size; a finished run reads none. Pillow's warning filters are restored."""
     read, encoded = [], []
@@ -535,6 +619,16 @@ def test_files_of_a_run(task, easy, tmp_path, monkeypatch):
     assert set(start["versions"]) == {"torch", "numpy", "pillow", "sentencepiece", "python", "cuda", "owlet"}
     sizes = [path.stat().st_size for path in (easy / "test" / "images").iterdir()]
     assert (start["image_files"], start["image_bytes"]) == (10, sum(sizes))
+
+
+def test_strange_names_are_escaped(task, easy, weights, tmp_path):
+    """Control characters, and bytes that are not UTF-8 (with which safetensors opens no file)."""
+    name, model = os.fsdecode(b"a\xff\x1b[31m\nb"), "m\x1b[31m\nb"
+    shutil.copytree(weights("owl2"), tmp_path / model)
+    shutil.copytree(easy, tmp_path / "easy" / name)
+    printed = main(*task(tmp_path / "easy" / name, tmp_path / f"run{name}", "--weights", tmp_path / model))
+    assert "\\x1b[31m" in printed and printed.encode() and "\x1b" not in printed
+    assert (tmp_path / f"run{name}" / "index.html").exists()
 
 
 def test_finished_run_is_scored_again_without_asking(task, easy, finished, monkeypatch):
@@ -612,6 +706,8 @@ def test_other_folders_and_files_are_left_alone(task, easy, tmp_path):
         ("answers-3.jsonl", '{"id": "x", "answer": ""}\n'),  # a question of another run
         ("answers-0.jsonl", "[3]\n"),
         ("answers-0.jsonl", '{"id": [], "answer": ""}\n'),
+        ("answers-9.jsonl", "all my notes"),
+        ("answers-9.jsonl", '{"id": 5, "text": "all my notes, without a line break at the end"}'),
     ],
 )
 def test_damaged_folder_is_one_line(task, easy, finished, name, content):
@@ -619,6 +715,39 @@ def test_damaged_folder_is_one_line(task, easy, finished, name, content):
     if content is not None:
         (finished / name).write_text(content)
     assert name in refused(*task(easy, finished))
+    assert content is None or (finished / name).read_text() == content
+
+
+@pytest.mark.parametrize("name", ("run.lock", "run.json", "answers-0.jsonl", "answers-7.jsonl", "index.html"))
+@pytest.mark.parametrize("content", ("all my notes", None))
+def test_links_in_a_folder_are_not_written_through(task, easy, finished, tmp_path, name, content):
+    """Neither to a file, nor to one that does not exist yet."""
+    if content:
+        (tmp_path / "outside").write_text(content)
+    (finished / name).unlink(missing_ok=True)
+    (finished / name).symlink_to(tmp_path / "outside")
+    assert name in refused(*task(easy, finished)) or name == "run.json"
+    assert (tmp_path / "outside").read_text() == content if content else not (tmp_path / "outside").exists()
+
+
+def test_runs_are_locked_without_fcntl_too(monkeypatch, tmp_path):
+    """On Windows, which has neither fcntl nor O_NOFOLLOW, but msvcrt."""
+    locked = []
+
+    def locking(file, mode, n_bytes):
+        if locked:
+            raise PermissionError(errno.EACCES, "locked")
+        locked.append((mode, n_bytes))
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.delattr(os, "O_NOFOLLOW")
+    spec = importlib.util.spec_from_file_location("results_on_windows", results.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.lock_run(tmp_path), pytest.raises(ValueError, match="locked"):
+        module.lock_run(tmp_path)
+    assert locked == [(2, 1)]
 
 
 def test_unreadable_images_are_named_and_all_else_is_answered(task, easy, tmp_path):
