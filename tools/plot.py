@@ -16,8 +16,10 @@ import math
 from pathlib import Path
 
 from command import ArgumentParser, log, run, user_errors
+from files import printable, read_bytes, reading, writing
 
 COLORS = ("#1f5fa8", "#d1602b", "#2f8f5b", "#8a4fa3", "#b8912a", "#4aa3b5", "#a8324e", "#6b6b6b")
+MAX_METRICS = 1_000_000_000  # bytes
 QUANTITIES = ("loss", "val_loss", "tokens_per_s")
 STYLE = {
     "font.size": 11,
@@ -37,7 +39,8 @@ def read_curves(path: Path) -> Curves:
 
     Raises ValueError for any other malformed line and for a file without a finite loss.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with reading(path):
+        lines = read_bytes(path, MAX_METRICS).decode(errors="replace").splitlines()
     curves = {quantity: ([], []) for quantity in QUANTITIES}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -48,7 +51,7 @@ def read_curves(path: Path) -> Curves:
             found = {key: float(row[key]) for key in QUANTITIES if row.get(key) is not None}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             if 1 < number == len(lines):
-                log(f"note: {path} ends within line {number}, which is left out")
+                log(f"note: {printable(path)} ends within line {number}, which is left out")
                 break
             raise ValueError(f"{path}, line {number}: expected a JSON object with a step") from None
         for quantity, value in found.items():
@@ -82,7 +85,7 @@ def save_plot(runs: list[tuple[str, Curves]], out: Path) -> None:
             2, 1, figsize=(9, 7), height_ratios=(2, 1), sharex=True, layout="constrained"
         )
         for i, (name, curves) in enumerate(runs):
-            name = name.replace("$", r"\$")  # matplotlib reads text between two dollars as a formula
+            name = printable(name).replace("$", r"\$")  # matplotlib reads text between two dollars as a formula
             line = {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":")[i // len(COLORS) % 3]}
             upper.plot(*curves["loss"], **line, linewidth=1.4, label=name)
             if curves["val_loss"][0]:
@@ -96,7 +99,8 @@ def save_plot(runs: list[tuple[str, Curves]], out: Path) -> None:
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         lower.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         upper.legend(frameon=False)
-        figure.savefig(out, dpi=150, format="png")
+        with writing(out) as part:
+            figure.savefig(part, dpi=150, format="png")
         plt.close(figure)
 
 
@@ -107,8 +111,10 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or args.metrics[0].parent / "curves.png"
     with user_errors():
+        if out.exists() and not (out.is_file() and b"Matplotlib" in out.read_bytes()[:500]):
+            raise ValueError(f"{out} exists, and is no plot: choose another --out")
         save_plot(list(zip(run_names(args.metrics), map(read_curves, args.metrics))), out)
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from tqdm import tqdm  # noqa: E402
 
 from data import CAPTION_REQUEST  # noqa: E402
 from data.easy_vqa.prepare import make_sample, write_samples  # noqa: E402
+from files import check_file, printable, reading  # noqa: E402
 
 PLACEHOLDERS = ("<|image|>", "<image>")  # in a caption, they would stand for a second image
 N_NAMED = 5  # images left out that the report names
@@ -52,11 +53,10 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     """Reads a caption file. Raises ValueError if it is not one, OSError if it cannot be opened."""
     readers = {".json": json_pairs, ".jsonl": jsonl_pairs}
     read = readers.get(path.suffix.lower(), table_pairs)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
+    with reading(path):
+        check_file(path)
+        with open(path, encoding="utf-8-sig", newline="") as file:
             return list(read(file))
-        except (ValueError, TypeError, csv.Error, RecursionError) as error:
-            raise ValueError(f"{path} is not a caption file: {error}") from None
 
 
 def table_pairs(file: TextIO) -> Iterator[tuple[str, str]]:
@@ -122,7 +122,7 @@ def collect_captions(pairs: list[tuple[str, str]], folder: Path) -> dict[str, li
             n_unusable += 1
             continue
         captions.setdefault(image, []).append(caption)
-    report_left_out(list(missing), f"not in {folder}")
+    report_left_out(list(missing), f"not in {printable(folder)}")
     report_left_out(list(outside), "refused, their names lead out of the folder")
     if n_unusable:
         print(f"left out: {n_unusable:,} captions that are empty or contain an image placeholder")
@@ -172,7 +172,7 @@ def prepare(images: Path, captions_file: Path, out: Path, *, n_val: int, one_cap
         splits.append((val_out, held_out))
     for path, split in splits:
         write_samples(path, caption_samples({image: captions[image] for image in captions if image in split}))
-        print(f"use it with --data {path} --image-root {images}")
+        print(f"use it with --data {printable(path)} --image-root {printable(images)}")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ An image with which several scenes agree has no caption, but its questions are i
 """
 
 import json
-import os
+import io
 import random
 import shutil
 import sys
@@ -46,6 +46,7 @@ from command import ArgumentParser, run, user_errors  # noqa: E402  reports miss
 from tqdm import tqdm  # noqa: E402
 
 from data import CAPTION_REQUEST  # noqa: E402
+from files import check_file, printable, writing  # noqa: E402
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -225,14 +226,18 @@ def copy_images(paths: dict[int, str], folder: Path) -> None:
 
 
 def write_samples(path: Path, samples: list[dict]) -> None:
-    """Writes a JSON file. It is renamed at the end, so that a file of this name is always complete."""
+    """Writes a JSON file, whole or not at all. Raises ValueError if it would replace a file of another kind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    if path.exists():
+        check_file(path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"[\n {":
+                raise ValueError(f"{path} exists, and is no file of samples: choose another name, or remove it")
+    with writing(path) as part:
+        part.write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     n_images = len({sample["image"] for sample in samples if "image" in sample})
     n_turns = sum(len(sample["conversations"]) // 2 for sample in samples)
-    print(f"{path}: {len(samples):,} samples, {n_images:,} images, {n_turns:,} questions")
+    print(f"{printable(path)}: {len(samples):,} samples, {n_images:,} images, {n_turns:,} questions")
 
 
 def train_tokenizer(path: Path, samples: list[dict]) -> None:
@@ -243,21 +248,23 @@ def train_tokenizer(path: Path, samples: list[dict]) -> None:
     from sentencepiece import SentencePieceTrainer
 
     turns = [turn["value"].replace("<|image|>", "") for sample in samples for turn in sample["conversations"]]
-    printable = "".join(chr(code) for code in range(33, 127))
+    ascii_characters = "".join(chr(code) for code in range(33, 127))
+    model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(turns + PROMPT_WORDS * (len(turns) // 2)),
-        model_prefix=str(path.with_suffix("")),
+        model_writer=model,
         vocab_size=640,
         hard_vocab_limit=False,
         model_type="bpe",
         byte_fallback=True,
-        required_chars=printable,
+        required_chars=ascii_characters,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         num_threads=1,
         minloglevel=2,
     )
-    path.with_suffix(".vocab").unlink()
+    with writing(path) as part:
+        part.write_bytes(model.getvalue())
 
 
 def prepare(out: Path, seed: int) -> None:
