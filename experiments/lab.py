@@ -47,10 +47,11 @@ from tqdm import tqdm
 from command import ArgumentParser, log, user_errors
 from evaluation.scoring import is_exact_match
 from experiments.patches import Patches
+from files import read_json, write_json
 from model import Owl
 from training.options import positive_float, positive_int
 from training.presets import PRESETS, init_weights
-from weights import load_model, read_json, save_model, write_json
+from weights import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"

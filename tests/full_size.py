@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from safetensors.torch import save_file
 
+from files import write_json
 from generate import generate
 from inference.quantize import BITS, load_quantized
 from model import IMAGE_TOKEN_ID, Owl
 from training.presets import PRESETS
-from weights import hf_config, hf_state_dict, write_json
+from weights import hf_config, hf_state_dict
 
 N_SHARD = 33
 SHARD_NAMES = {"bin": "pytorch_model-{}-of-33.bin", "safetensors": "model-{:05d}-of-00033.safetensors"}

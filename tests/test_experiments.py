@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, assert_close
 from data.image import load_image, to_pixels
 from data.text import Tokenizer
 from evaluation.runner import ask
@@ -89,7 +89,7 @@ def test_patches_are_visual_tokens(parts, tmp_path, monkeypatch):
     visual = model.encode_images(images)
     assert visual.shape == (2, model.config.n_visual_tokens, 128)
     expected = model.vit(images)[:, 1:] @ model.abstractor.fc.weight.T + model.abstractor.fc.bias
-    torch.testing.assert_close(visual[:, :-1], expected, atol=1e-5, rtol=0)
+    assert_close(visual[:, :-1], expected)
     assert torch.equal(visual[1, -1], model.abstractor.eos[0, 0])
 
     monkeypatch.chdir(tmp_path)

@@ -76,9 +76,10 @@ def test_golden_logits_and_loss(golden, folder):
 def test_golden_intermediate_results(golden, record_calls, folder):
     """Of the vision encoder, abstractor, first decoder layer and last norm. A wrong epsilon is above the tolerance."""
     model, tensors = golden(folder)
+    assert model.config.llama.norm_eps == (1e-6 if folder == "owl1" else 1e-5)
     layer_calls, norm_calls = record_calls(model.llama.layers[0]), record_calls(model.llama.norm)
     with torch.no_grad():
-        assert_close(model.vit(tensors["b.images"]), tensors["b.vit"], 2e-6)
+        assert_close(model.vit(tensors["b.images"]), tensors["b.vit"], 1.5e-6)
         assert_close(model.abstractor(tensors["b.vit"]), tensors["b.abstractor"], 2e-6)
         assert_close(model.encode_images(tensors["b.images"]), tensors["b.abstractor"], 5e-6)
         model(tensors["b.ids"], tensors["b.images"])
@@ -98,6 +99,26 @@ def test_golden_gradients(golden, folder):
     for name in names:
         assert_close(parameters[name.removeprefix("grad.")].grad, tensors[name], 3e-5, name=name)
         assert tensors[name].abs().max() > 1e-4, f"{name}: too small a gradient to prove anything"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_epsilon_of_every_norm(variant):
+    """With inputs so small that the epsilon decides. Three norms of the abstractor have 1e-5, as the released ones."""
+    model = make_owl(make_config(variant, llama={"norm_eps": 1e-4}))
+    is_image = torch.arange(24).view(2, 12) % 3 == 0
+    for name, norm in model.named_modules():
+        if "norm" not in name or "multiway" in name:
+            continue
+        eps = 1e-4 if name.startswith("llama.") else 1e-5 if name.endswith(("norm_q", "norm_k", "norm_mlp")) else 1e-6
+        branches = norm.multiway if hasattr(norm, "multiway") else (norm, norm)
+        weight = torch.where(is_image[..., None], branches[1].weight, branches[0].weight)
+        x = torch.randn(*weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+        if isinstance(norm, nn.LayerNorm):
+            y, centered, bias = norm(x), x - x.mean(dim=-1, keepdim=True), norm.bias
+        else:
+            y, centered, bias = norm(x, Modality.from_mask(is_image, int(is_image.sum()))), x, 0
+        expected = centered / (centered.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight + bias
+        assert_close(y, expected, 2e-6, name=name)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """tools/plot.py: the curves of runs, and errors for files that are not metrics."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def test_unusable_paths_are_user_errors(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     code, _, stderr = run_main(plot.main, *arguments)
     assert code == 2 and arguments[-1] in stderr and stderr.count("\n") == 1
+
+
+def test_only_a_plot_is_replaced(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = write_metrics(tmp_path / "a", 5)
+    assert [run_main(plot.main, path)[0] for _ in range(2)] == [0, 0]
+    code, _, stderr = run_main(plot.main, path, "--out", path)
+    assert code == 2 and str(path) in stderr and plot.read_curves(path)["loss"][1]
+    Image.new("RGB", (9, 9)).save(tmp_path / "photo.png")
+    content = (tmp_path / "photo.png").read_bytes()
+    assert run_main(plot.main, path, "--out", tmp_path / "photo.png")[0] == 2
+    assert (tmp_path / "photo.png").read_bytes() == content
+    os.mkfifo(tmp_path / "pipe")
+    assert run_main(plot.main, tmp_path / "pipe")[0] == 2
 
 
 def test_missing_matplotlib_is_a_user_error(tmp_path, monkeypatch):

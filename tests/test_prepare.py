@@ -248,6 +248,7 @@ def test_captions_malformed_files_are_user_errors(folder, name, content, keyword
         ("--out c.csv", "overwrite"),
         ("--out images", "images"),
         ("--out c.csv/x.json", "c.csv"),
+        ("--out images/a.png", "a.png"),
         ("--val 3", "--val"),
         ("--val -1", "--val"),
     ],
