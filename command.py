@@ -41,10 +41,12 @@ def exit_with_error(message: object) -> NoReturn:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with one line for a ValueError or OSError, which a user can fix."""
+    """Ends the program with one line for a ValueError or OSError, errors that the user can fix."""
     try:
         yield
-    except ModuleNotFoundError as error:  # a package of one of the extras
+    except ModuleNotFoundError as error:  # a package that only some commands need
+        if error.name is None or importlib.util.find_spec(error.name.partition(".")[0]) is not None:
+            raise  # a part of a package that is installed, or of this project
         exit_with_error(f"the package {error.name} is not installed: pip install {error.name}")
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
@@ -55,7 +57,7 @@ def user_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        exit_with_error("the memory is full")
+        exit_with_error("out of memory")
 
 
 # A warning is one line, without the line of code that Python adds.
@@ -84,7 +86,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes stdout
+        if sys.stdout is not None:  # else Python complains when it closes stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             sys.exit(1)
         exit_with_error(f"{error.filename or 'a file or standard output'}: {error.strerror}")

@@ -1,4 +1,4 @@
-"""Limits of the machine: how much memory a device has, float32 that is float32, and numbers that are not finite."""
+"""Limits of the machine: the memory of a device, full-precision float32, and numbers that are not finite."""
 
 import os
 
@@ -11,7 +11,7 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):  # Windows
-        return 16 * 2**30  # a guess, from which a 7B model is loaded in bfloat16
+        return 16 * 2**30  # a guess, small enough that a 7B model is loaded in bfloat16
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -28,10 +28,12 @@ def disable_tf32() -> None:
 def not_finite(model: nn.Module, images: Tensor | None) -> ValueError:
     """Returns an error that says what is NaN or infinite in an Owl: weights, visual tokens or only the logits.
 
-    images: as in Owl.embed. Takes a pass over all weights, so call it once something was found that is not finite.
+    images: as in Owl.embed. Takes a pass over all weights, so call it only after a non-finite value was found.
     """
     tensors = {f"the weights {name}": x for name, x in model.state_dict().items() if x.is_floating_point()}
     if images is not None:
         tensors["the visual tokens"] = images if images.ndim == 3 else model.encode_images(images)
     name = next((name for name, x in tensors.items() if not x.isfinite().all()), "the logits")
-    return ValueError(f"{name} are not finite in {model.llama.embed_tokens.weight.dtype}: try bfloat16 or float32")
+    dtype = model.llama.embed_tokens.weight.dtype
+    advice = ": try bfloat16 or float32" if dtype == torch.float16 else ""  # the others have the range of the weights
+    return ValueError(f"{name} are not finite in {dtype}{advice}")

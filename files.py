@@ -1,9 +1,9 @@
 """How this project reads files that it does not trust, and writes files that nobody may find half written.
 
-Weights, adapters, images and data come from strangers, so that each of them is opened through this module:
+Weights, adapters, images and data come from strangers, so each is opened through this module:
 
     with reading(path):             any error that the content causes becomes a ValueError of one line, naming the file
-        content = read_bytes(path)  only a regular file of at most so many bytes: a pipe would block, a huge one fill
+        content = read_bytes(path)  only a regular file of at most max_bytes: a pipe would block, a huge one fill
                                     the memory; a Git LFS pointer is named as such
     read_json(path)                 the same for a JSON object
 
@@ -54,9 +54,9 @@ def reading(path: str | Path) -> Iterator[None]:
             error.filename = error.filename or str(path)
             raise
         if is_out_of_memory(error):
-            raise ValueError(f"{path} does not fit into the memory") from None
+            raise ValueError(f"{path} does not fit in memory") from None
         reason = str(error) if type(error) in (ValueError, AssertionError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to load it nevertheless
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises loading it anyway
             reason = "it is damaged, or holds objects that could run code, which are never loaded"
         raise ValueError(f"{path} cannot be read: {printable(reason)[:500]}") from None
 
@@ -91,7 +91,7 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object. Raises FileNotFoundError, or ValueError for any other content."""
+    """Reads a JSON object. Raises OSError, or ValueError if the content is not one."""
     with reading(path):
         content = json.loads(read_bytes(path, MAX_JSON).decode("utf-8-sig"))
         if not isinstance(content, dict):
@@ -104,7 +104,7 @@ def writing(path: Path) -> Iterator[Path]:
     """Yields the path of a new, empty file beside `path`, and renames it to `path` at the end; removes it on an error.
 
     A link at `path` is replaced, not followed. Raises OSError that names `path`; for a full disk, one that says so,
-    whatever the library that wrote to it has made of it.
+    whatever error the writing library raised.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # as root, os.replace would replace /dev/null
         raise FileExistsError(errno.EEXIST, "it exists and is not a regular file", str(path))

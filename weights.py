@@ -138,7 +138,8 @@ def fit_to_weights(config: OwlConfig, shapes: dict[str, list[int]]) -> None:
         "llama.embed_tokens.weight": [llama.vocab_size, llama.n_embd],
     }.items():
         key = hf_name(name, config.variant)
-        assert shapes.get(key, shape) == shape, f"its sizes give {key} the shape {shape}, the weights {shapes[key]}"
+        found = shapes.get(key, shape if name == "abstractor.queries" else None)  # experiments/patches.py has no queries
+        assert found == shape, f"its sizes give {key} the shape {shape}, the weights {found}"
     # Some Owl1 files give the abstractor's MLP a width of 4096 where the weights have 2816: the weights decide.
     abstractor.n_mlp = shapes.get(hf_name("abstractor.layers.0.mlp.w1.weight", config.variant), [abstractor.n_mlp])[0]
 
@@ -167,6 +168,7 @@ def config_from_hf(hf: dict) -> OwlConfig:
         assert part.n_embd % part.n_head == 0, "hidden_size is not a multiple of num_attention_heads"
     assert vit.n_embd == abstractor.n_embd, "the hidden_size of vision encoder and abstractor differ"
     assert abstractor.n_embd % 4 == 0 or not is_owl2, "the abstractor's hidden_size is not a multiple of 4"
+    assert abstractor.n_query < 100_000, "num_learnable_queries is not below 100,000"
     assert abstractor.dropout < 1, "attention_probs_dropout_prob is not below 1"
     assert llama.n_head % llama.n_kv_head == 0, "num_attention_heads is not a multiple of num_key_value_heads"
     assert llama.head_dim % 2 == 0, "the decoder's head size is odd"
@@ -178,7 +180,7 @@ def part_from_hf(part: type, section: dict, **defaults: object) -> ViTConfig | A
     values = defaults | {name: section[key] for name, key in KEYS[part].items() if section.get(key) is not None}
     values = {field.name: values[field.name] for field in fields(part) if values.get(field.name) is not None}
     for name, value in values.items():
-        if name == "eos_id" and isinstance(value, list) and value:  # the others do not end an answer
+        if name == "eos_id" and isinstance(value, list) and value:  # of several end tokens only the first is used
             values[name] = value = value[0]
         least = 0 if name in ("bos_id", "eos_id", "dropout") else 1e-30
         types = (int, type(getattr(part, name)))
@@ -228,8 +230,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with writing(path) as part:
+        mode = part.stat().st_mode
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part, {"format": "pt"})
-        part.chmod(0o644)  # save_file makes it readable by its owner only
+        part.chmod(mode)  # save_file makes it readable by its owner only
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

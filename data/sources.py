@@ -37,7 +37,7 @@ from files import read_bytes, reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members of a tar
 MAX_FILE = 64_000_000_000  # bytes of a data file, which is kept in memory
-# Fields whose images or videos would be missing from a row that is otherwise text.
+# Fields that suggest images or videos in a row without `image`.
 UNREAD_FIELD = re.compile(r"(image|img|picture|photo|video|audio)s?(_?(path|file|url|name)s?)?", re.IGNORECASE)
 BOM = b"\xef\xbb\xbf"
 CAPTION_LENGTH = 40  # approximate number of tokens of a caption and its request
@@ -54,7 +54,7 @@ class Unusable(ValueError):
 class JsonRows(Sequence):
     """The rows of a data file: its bytes, parsed when a row is read, so that forked processes share the memory.
 
-    bounds: [n, 2] int64, the first and the last byte + 1 of each row. lines: [n], its line in a .jsonl.
+    bounds: [n, 2] int64, start and end (exclusive) byte of each row. lines: [n], its line in a .jsonl, from 1.
     """
 
     def __init__(self, content: bytes, bounds: np.ndarray, lines: np.ndarray | None = None):
@@ -195,7 +195,8 @@ def mergeable_image(row: object) -> str | None:
     """The image of a row that merge_by_image may merge, else None."""
     try:
         row = standard_row(row)
-        turns = llava_turns(row["conversations"])
+        llava_turns(row["conversations"])
+        turns = [turn["value"] for turn in row["conversations"]]  # with those that have no answer
         "".join(turns).encode()  # a lone surrogate would make the whole merged conversation unusable
     except ValueError:
         return None

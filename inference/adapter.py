@@ -111,15 +111,17 @@ def load_lora(model: Owl, folder: str | Path) -> None:
 def save_non_lora(model: Owl, folder: str | Path) -> None:
     """Writes the weights that were trained beside an adapter, under PEFT's names; no file if there are none."""
     trained = {f"{PREFIX}{key}": x.detach() for key, x in hf_state_dict(model).items() if x.requires_grad}
+    path = Path(folder) / "non_lora_trainables.bin"
+    path.unlink(missing_ok=True)  # of an earlier adapter
     if trained:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with writing(Path(folder) / "non_lora_trainables.bin") as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path) as part:
             torch.save(trained, part)
 
 
 @torch.no_grad()
 def load_non_lora(model: Owl, folder: str | Path) -> None:
-    """Loads what save_non_lora or a released LoRA run wrote, if the file is there. Call it before load_lora."""
+    """Loads what save_non_lora or a released LoRA run wrote, if the file is there. Call it before merge_lora, whose result it would overwrite."""
     path = Path(folder) / "non_lora_trainables.bin"
     if path.is_file():
         state = hf_state_dict(model)

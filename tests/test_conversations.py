@@ -305,6 +305,7 @@ def test_other_rows_are_not_merged():
         good | {"conversations": talk("<image>What?", "A <image>.")},
         good | {"conversations": talk("<image>\n", "A question that is the image alone.")},
         good | {"conversations": talk("<image>What?", "\ud83d")},
+        good | {"conversations": talk("<image>What?", "", "<image>And this?", "A dog.")},
         good | {"image": 5},
         {"image": "a.png", "caption": "A cat."},
         {"image": "a.png", "text": f"{OWL1_SYSTEM}\nHuman: <image>\nHuman: What?\nAI: A cat."},

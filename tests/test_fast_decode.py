@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Batch, assert_close, assert_gradients_close, collect, gradients, make_batch, make_config, make_owl
 from conftest import VARIANTS, needs_cuda, pad_rows, small_vocab_owl
+from device import not_finite
 from generate import Sampling, generate
 from inference import fast_decode
 from inference.fast_decode import N_WARMUP, DecodeState, FastDecoder, Steps, decode_step, use_column_major_weights
@@ -184,7 +185,7 @@ def test_numbers_that_are_not_finite_end_decoding_with_their_origin(make_generat
     arguments = {"prompt_lengths": batch.lengths, "max_new_tokens": 12, "stop_at_eos": False, "sampling": sampling}
 
     def error_with(images: Tensor | None, ids: Tensor = batch.ids) -> str:
-        with pytest.raises(ValueError, match="bfloat16 or float32") as caught:
+        with pytest.raises(ValueError, match="not finite") as caught:
             collect(make_generate(kind, model)(ids, images, **arguments))
         return str(caught.value)
 
@@ -209,6 +210,7 @@ def test_numbers_that_are_not_finite_end_decoding_with_their_origin(make_generat
     model.llama.embed_tokens.weight.data[4:] = torch.nan
     model.llama.lm_head.weight.data[:4] = 0
     assert "embed_tokens" in error_with(None, torch.full_like(batch.ids, 3))
+    assert "try bfloat16 or float32" in str(not_finite(model.half(), None))
 
 
 @pytest.mark.parametrize("kind", ["fast", "graphs"])

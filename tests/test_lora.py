@@ -236,6 +236,8 @@ def test_non_lora_trainables(model_and_batch, tmp_path):
     assert torch.load(path).keys() == {f"{prefix}.weight", f"{prefix}.bias"}
     load_non_lora(base, tmp_path)
     assert torch.equal(base.abstractor.fc.weight, model.abstractor.fc.weight)
+    save_non_lora(model.requires_grad_(False), tmp_path)
+    assert not path.exists()  # an adapter without such weights does not keep those of an earlier one
     for key in ("base_model.model.nothing.weight", "base_model.model.lm_head.weight"):
         torch.save({key: torch.zeros(3, 3)}, path)
         with pytest.raises(ValueError, match=path.name):

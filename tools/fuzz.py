@@ -69,7 +69,7 @@ MAX_BYTES = 2_000_000_000  # of memory, beyond what the modules take
 ALONE = Dist(0, 1, torch.device("cpu"), torch.float32)
 STEP = "step-00000001"
 OUTSIDE = "outside"  # beside the input's folder: files that must not be opened
-OUT_OF_MEMORY = ("does not fit into the memory", "the memory is full")  # messages
+OUT_OF_MEMORY = ("does not fit in memory", "out of memory")  # messages
 EXECUTED = "executed"  # beside it: a folder that hostile pickles create
 
 # --- damage ------------------------------------------------------------------------------------------

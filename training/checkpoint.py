@@ -209,11 +209,13 @@ def find(folder: Path, dist: Dist) -> tuple[Path, dict] | None:
 def find_damage(path: Path, dist: Dist) -> str | None:
     """Verifies a checkpoint's files. Returns what is wrong, or None. Each rank verifies a part of the files."""
     try:
-        files = sorted(read_manifest(path)["files"].items())
+        files, problem = sorted(read_manifest(path)["files"].items()), None
     except OSError:
-        return f"{MANIFEST} cannot be read"
+        problem = f"{MANIFEST} cannot be read"
     except ValueError as error:
-        return str(error)
+        problem = str(error)
+    if problems := list(filter(None, all_gather_object(dist, problem))):  # perhaps only on one node
+        return problems[0]
     own = files[dist.rank :: dist.world_size]
     checks = (  # the sizes of all files, then their content, which may take minutes
         lambda file, expected: file.is_file() and file.stat().st_size == expected[0],

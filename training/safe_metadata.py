@@ -7,7 +7,7 @@ unpickles only the classes of such a description, and accepts only tensors in fi
 import io
 import math
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -32,7 +32,7 @@ class SafeReader(FileSystemReader):
         outside = paths - {file.name for file in folder.iterdir()}
         if outside or any(type(entry) is not dcp_metadata.TensorStorageMetadata for entry in entries):
             raise ValueError(f".metadata describes objects that are not tensors, or other files: {sorted(outside)}")
-        # torch would leave a part of a tensor that no chunk covers as it is.
+        # torch would leave any part of a tensor that no chunk covers unchanged.
         for name, entry in self.metadata.state_dict_metadata.items():
             inside = all(
                 0 <= start <= start + n <= size
@@ -65,14 +65,14 @@ class MetadataUnpickler(pickle._Unpickler):
         (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "WindowsPath"),
-        ("pathlib._local", "PosixPath"),
-        ("pathlib._local", "WindowsPath"),
     }
+    # Python 3.13 writes pathlib._local, which other versions do not have, as they do not have the other system's class.
+    PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) in self.PATHS:
+            return PurePath
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in self.DESCRIPTIONS | self.OTHERS:
             raise ValueError(f".metadata refers to {module}.{name}, which no checkpoint needs")
