@@ -523,6 +523,7 @@ def try_input(name: str, seed: int, template: Path, folder: Path) -> tuple[str, 
 
 def make_templates(root: Path, kinds: Iterable[str]) -> None:
     """Writes the valid files of each kind, always the same, to a folder of its name."""
+    torch.set_num_threads(1)  # threads do not survive the fork for an input
     for name in kinds:
         (root / name).mkdir()
         torch.manual_seed(0)
@@ -541,7 +542,6 @@ def make_outside(folder: Path) -> None:
 
 def fuzz(kinds: list[str], seed: int, n_input: int, seconds: float, keep: Path) -> int:
     """Tries n_input inputs, the kinds in turn. Prints the failures and a table. Returns the number of failures."""
-    torch.set_num_threads(1)  # threads do not survive a fork
     counts = Counter()
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="owlet-fuzz-") as root:
