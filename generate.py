@@ -5,8 +5,8 @@
                           KVCache v  |                                                              |
                                   Llama  <-------------------- embed_tokens ------------------------+
 
-There are two such loops with the same signature and the same tokens. This one is the reference: short, with shapes that
-grow with the text. inference/fast_decode.py has fixed shapes, so that a step can be compiled or captured as a graph.
+There are two such loops, with the same signature, which yield the same tokens. This one is the reference: short, with
+shapes that grow with the text. inference/fast_decode.py has fixed shapes, so that a step can be compiled or captured.
 """
 
 from collections.abc import Iterator

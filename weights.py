@@ -120,7 +120,7 @@ def read_config(folder: str | Path) -> OwlConfig:
     hf = read_json(path)
     with reading(path):
         config = config_from_hf(hf)
-    if has_weights:  # train_stage2.py --check needs none
+    if has_weights:  # --check reads only the configuration
         shapes = {key: list(x.shape) for file in weight_files(path.parent) for key, x in read_tensors(file).items()}
         with reading(path):
             fit_to_weights(config, shapes)
@@ -138,7 +138,7 @@ def fit_to_weights(config: OwlConfig, shapes: dict[str, list[int]]) -> None:
         "llama.embed_tokens.weight": [llama.vocab_size, llama.n_embd],
     }.items():
         key = hf_name(name, config.variant)
-        found = shapes.get(key, shape if name == "abstractor.queries" else None)  # experiments/patches.py has no queries
+        found = shapes.get(key, shape if name == "abstractor.queries" else None)  # experiments/patches.py has none
         assert found == shape, f"its sizes give {key} the shape {shape}, the weights {found}"
     # Some Owl1 files give the abstractor's MLP a width of 4096 where the weights have 2816: the weights decide.
     abstractor.n_mlp = shapes.get(hf_name("abstractor.layers.0.mlp.w1.weight", config.variant), [abstractor.n_mlp])[0]

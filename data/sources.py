@@ -169,7 +169,7 @@ def merge_by_image(rows: Sequence) -> Iterator[object]:
     """Merges conversations about the same image into one, in the order of the file, as in Owl2's training.
 
     The first one keeps its id, its position and its image placeholder; the placeholders of the others are removed.
-    Only rows in LLaVA's format with exactly one placeholder, in their first question and not all of it, are merged.
+    Only rows in LLaVA's format with exactly one placeholder, in their first question, which also has text, are merged.
     All other rows, including malformed ones, stay as they are.
     """
     images = [mergeable_image(row) for row in rows]
@@ -297,7 +297,7 @@ def row_of(members: dict[str, bytes]) -> dict:
     if not texts or (not images and (texts == ["caption"] or wants_image)):
         found = ", ".join(f".{extension}" for extension in members)
         raise ValueError(
-            f"its only members are {found}: it needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt) or "
+            f"it contains only {found}: it needs an image ({', '.join(IMAGE_EXTENSIONS)}) and a caption (.txt) or "
             "a row (.json), next to each other in the tar (sorted by name, as tar --sort=name does)"
         )
     return row

@@ -1,4 +1,4 @@
-"""Checkpoints: the training state of a run. --resume continues a run from it, bit for bit.
+"""Checkpoints: the training state of a run. --resume continues a run from it.
 
     RUN/checkpoints/step-00000500/
         __0_0.distcp, __1_0.distcp, ...   each rank's shards of the trained parameters and of AdamW's moments
@@ -6,8 +6,9 @@
         manifest.json                     step, settings of the run, size and SHA-256 of every file and of itself
 
 A checkpoint is not what load_model reads. It holds the trained parameters, AdamW's moments and the step, and any
-number of ranks can resume from it, sharded or not; frozen parameters come from --weights again. Weights are the whole
-model in the Hugging Face layout, which a run writes to its own folder at the end: load_model reads those.
+number of ranks can resume from it, sharded or not: bit for bit on as many ranks, else up to rounding. Frozen
+parameters come from --weights again. Weights are the whole model in the Hugging Face layout, which a run writes to its
+own folder at the end: load_model reads those.
 
 A checkpoint is written as step-00000500.part and renamed when it is complete. If one is damaged nevertheless (its
 checksums tell), `find` skips it with a warning and returns the one before.
