@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from files import escape_controls, is_out_of_memory, printable
+from common.files import escape_controls, is_out_of_memory, printable
 
 PACKAGES = {"torch": "torch", "numpy": "numpy", "sentencepiece": "sentencepiece", "safetensors": "safetensors"}
 PACKAGES |= {"PIL": "pillow", "tqdm": "tqdm"}  # module: package

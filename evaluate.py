@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from command import ArgumentParser, log, run, user_errors
-from files import printable
+from common.files import printable
 
 import torch
 import torch.distributed

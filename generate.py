@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from device import not_finite
+from common.device import not_finite
 from llama import KVCache
 from model import Owl
 

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from command import user_errors
 from data.conversations import Batch, Conversations, collate
 from data.mix import load_batches
-from files import printable
+from common.files import printable
 from llama import PackedSequences
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID, Owl, OwlConfig
 from training import checkpoint

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abstractor import AbstractorConfig
-from files import check_file, read_json, reading, write_json, writing
+from common.files import check_file, read_json, reading, write_json, writing
 from llama import LlamaConfig
 from model import Owl, OwlConfig
 from vit import CLIP_MEAN, CLIP_STD, ViTConfig

@@ -24,7 +24,7 @@ from data.conversations import Conversations, Sample, SampleSpec, Skipped, count
 from data.image import DEFAULT_FIT, FITS
 from data.mix import Mixture
 from data.text import Tokenizer
-from files import printable, read_json, reading
+from common.files import printable, read_json, reading
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID
 from weights import config_from_hf
 

@@ -25,7 +25,7 @@ from data import CAPTION_REQUEST
 from data.image import DEFAULT_FIT, augment, load_image, to_pixels
 from data.sources import Unusable, open_rows, standard_row
 from data.text import IMAGE_PLACEHOLDER, Tokenizer, expand_images, render_conversation
-from files import printable
+from common.files import printable
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID, OwlConfig
 
 MAX_REASON = 500  # characters

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from files import check_file, reading
+from common.files import check_file, reading
 from vit import CLIP_MEAN, CLIP_STD
 
 FITS = ("stretch", "square", "pad", "crop")

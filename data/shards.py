@@ -45,7 +45,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from files import check_file, printable
+from common.files import check_file, printable
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_SHARD = 2**32 * BLOCK  # bytes: what a uint32 can address

@@ -33,7 +33,7 @@ import numpy as np
 
 from data.shards import Broken, Shards, is_pattern
 from data.text import IMAGE_PLACEHOLDER, llava_turns
-from files import read_bytes, reading
+from common.files import read_bytes, reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members of a tar
 MAX_FILE = 64_000_000_000  # bytes of a data file, which is kept in memory

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from files import read_bytes, read_json, reading
+from common.files import read_bytes, read_json, reading
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 IMAGE_PLACEHOLDER = re.compile(r"<image>|<\|image\|>")

@@ -28,7 +28,7 @@ import evaluation.scoring as scoring
 from data import CAPTION_REQUEST
 from data.text import IMAGE_PLACEHOLDER
 from evaluation.question import Question, Results
-from files import check_file, reading
+from common.files import check_file, reading
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 PICK_LETTER = "Answer with the option’s letter from the given choices directly."  # the released script's apostrophe

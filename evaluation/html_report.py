@@ -17,7 +17,7 @@ from data.text import IMAGE_PLACEHOLDER
 from evaluation.question import ImageSource, Question, Results
 from evaluation.results import write_text
 from evaluation.runner import open_image
-from files import printable
+from common.files import printable
 
 N_EXAMPLES = 24  # right answers on a page, and as many wrong ones
 MAX_PROMPT = 600  # characters of a prompt on a page; what comes before are worked examples

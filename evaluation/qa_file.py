@@ -20,7 +20,7 @@ from evaluation.benchmarks import check_image, in_row
 from evaluation.question import Question
 from evaluation.runner import count_placeholders
 from evaluation.scoring import is_exact_match
-from files import printable
+from common.files import printable
 
 FIELDS = ("question", "truth", "images", "answer")  # of a line of --out, besides NOTES
 MAX_LINE = 10_000_000  # bytes

@@ -39,7 +39,7 @@ import torch
 
 from evaluation.benchmarks import MAX_FILE, get, in_row, read_field
 from evaluation.question import Question, Results
-from files import read_bytes, reading, writing
+from common.files import read_bytes, reading, writing
 from inference.quantize import read_quantization
 from training.distributed import Dist, all_gather_object
 from weights import weight_files

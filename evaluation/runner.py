@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.image import load_image, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer, expand_images, render_prompt
-from device import not_finite
+from common.device import not_finite
 from evaluation.question import ImageSource, Question
 from inference.fast_decode import FastDecoder
 from model import Owl

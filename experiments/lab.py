@@ -47,7 +47,7 @@ from tqdm import tqdm
 from command import ArgumentParser, log, user_errors
 from evaluation.scoring import is_exact_match
 from experiments.patches import Patches
-from files import read_json, write_json
+from common.files import read_json, write_json
 from model import Owl
 from training.options import positive_float, positive_int
 from training.presets import PRESETS, init_weights

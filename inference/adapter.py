@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from files import read_json, reading, write_json, writing
+from common.files import read_json, reading, write_json, writing
 from lora import inject_lora, lora_modules
 from model import Owl
 from weights import hf_name, hf_state_dict, read_tensors, write_tensors

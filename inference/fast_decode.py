@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from device import not_finite
+from common.device import not_finite
 from generate import Sampling, prefill, sample_token
 from llama import KVCache, Llama
 from model import Owl

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from device import disable_tf32, device_memory
+from common.device import disable_tf32, device_memory
 from inference.adapter import load_lora, load_non_lora
 from inference.fast_decode import use_column_major_weights
 from inference.quantize import BITS, load_quantized, quantize, read_quantization

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import read_json
+from common.files import read_json
 from lora import LoRALinear
 from model import Owl
 from weights import assign_tensors, hf_tensors, load_model, read_config, save_model

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from safetensors.torch import save_file
 
-from files import write_json
+from common.files import write_json
 from generate import generate
 from inference.quantize import BITS, load_quantized
 from model import IMAGE_TOKEN_ID, Owl

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Batch, assert_close, assert_gradients_close, collect, gradients, make_batch, make_config, make_owl
 from conftest import VARIANTS, needs_cuda, pad_rows, small_vocab_owl
-from device import not_finite
+from common.device import not_finite
 from generate import Sampling, generate
 from inference import fast_decode
 from inference.fast_decode import N_WARMUP, DecodeState, FastDecoder, Steps, decode_step, use_column_major_weights

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
+from common import files
 from command import user_errors
 from conftest import ROOT
-from files import check_file, escape_controls, is_out_of_memory, printable, read_bytes, read_json, reading, writing
+from common.files import check_file, escape_controls, is_out_of_memory, printable, read_bytes, read_json, reading, writing
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX files")
 

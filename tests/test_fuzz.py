@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from conftest import ROOT
-from files import read_json
+from common.files import read_json
 from runs import in_processes
 from tools.fuzz import EXECUTED, KINDS, OUTCOMES, OUTSIDE
 from tools.fuzz import damage_folder, make_outside, make_rows, make_templates, outcome_of

@@ -6,22 +6,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("model", "vit", "abstractor", "llama", "generate", "lora", "weights")
-LAYERS = {  # package: what it may import besides itself, files.py and device.py
-    "files": set(),
-    "device": set(),
+LAYERS = {  # package: what it may import besides itself and common/
+    "common": set(),
     "core": set(),
     "data": {"core"},
     "inference": {"core", "data"},
     "training": {"core", "data"},
     "evaluation": {"core", "data", "inference", "training"},  # of training only training.distributed
-    "commands": {"core", "data", "inference", "training", "evaluation"},
+    "serving": {"core", "data", "inference"},
+    "commands": {"core", "data", "inference", "training", "evaluation", "serving"},
     "experiments": {"core", "data", "inference", "training", "evaluation", "commands", "tools"},
     "tools": {"core", "data", "inference", "training", "evaluation", "commands"},
 }
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.glob("*.py")}
 FILES |= {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-    for package in ("data", "training", "inference", "evaluation", "tools", "experiments")
+    for package in ("common", "data", "training", "inference", "evaluation", "serving", "tools", "experiments")
     for path in (ROOT / package).rglob("*.py")
 }
 
@@ -47,7 +47,7 @@ def test_each_layer_imports_only_the_layers_below():
         for other in imports(module):
             if other == "command" and "__main__" in FILES[module].read_text(encoding="utf-8"):
                 continue  # a module that is also a command: python -m data.check
-            allowed = LAYERS[layer(module)] | {layer(module), "files", "device"}
+            allowed = LAYERS[layer(module)] | {layer(module), "common"}
             assert layer(other) in allowed, f"{module} imports {other}"
             if layer(module) == "evaluation" and layer(other) == "training":
                 assert other == "training.distributed", f"{module} imports {other}"

@@ -53,7 +53,7 @@ from data.mix import Mixture
 from data.shards import Shards
 from data.text import Tokenizer
 from evaluation.qa_file import read_cases
-from files import printable
+from common.files import printable
 from inference.adapter import save_lora, save_non_lora
 from lora import inject_lora
 from model import Owl

@@ -11,7 +11,7 @@ from command import ArgumentParser, run, user_errors
 
 import torch
 
-from files import printable
+from common.files import printable
 from inference.adapter import load_lora, load_non_lora
 from lora import merge_lora
 from training.distributed import PRECISIONS

@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 
 from command import ArgumentParser, log, run, user_errors
-from files import printable, read_bytes, reading, writing
+from common.files import printable, read_bytes, reading, writing
 
 COLORS = ("#1f5fa8", "#d1602b", "#2f8f5b", "#8a4fa3", "#b8912a", "#4aa3b5", "#a8324e", "#6b6b6b")
 MAX_METRICS = 1_000_000_000  # bytes

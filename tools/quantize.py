@@ -13,7 +13,7 @@ from command import ArgumentParser, run, user_errors
 
 import torch
 
-from files import printable
+from common.files import printable
 from inference.quantize import BITS, load_quantized, save_quantized
 
 

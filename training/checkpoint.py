@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from files import MAX_JSON, is_full, printable, read_bytes, reading
+from common.files import MAX_JSON, is_full, printable, read_bytes, reading
 from training.distributed import Dist, all_gather_object, barrier
 from training.safe_metadata import SafeReader
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from device import disable_tf32
+from common.device import disable_tf32
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

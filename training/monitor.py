@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data.conversations import Batch
-from files import printable, writing
+from common.files import printable, writing
 from training.distributed import Dist, all_gather_object, all_reduce_sum
 from training.flops import peak_flops, train_flops
 from training.options import MIN_SAMPLES

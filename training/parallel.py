@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from device import device_memory
+from common.device import device_memory
 from training.distributed import Dist, all_gather_object, backend_of
 
 LARGE = 1_000_000_000  # parameters; from here on, activation checkpointing is the default

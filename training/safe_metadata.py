@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
-from files import read_bytes
+from common.files import read_bytes
 
 MAX_METADATA = 32_000_000  # bytes; a 7B on eight processes has about 5,000,000
 

@@ -23,8 +23,8 @@ from data.check import check
 from data.conversations import Batch, Conversations, SampleSpec, Skipped, collate
 from data.mix import BatchSampler, Mixture, parse_mix
 from data.text import Tokenizer
-from device import device_memory
-from files import printable
+from common.device import device_memory
+from common.files import printable
 from model import Owl, OwlConfig
 from training import checkpoint
 from training.distributed import Dist, barrier

@@ -39,7 +39,7 @@ from tqdm import tqdm  # noqa: E402
 
 from data import CAPTION_REQUEST  # noqa: E402
 from data.easy_vqa.prepare import make_sample, write_samples  # noqa: E402
-from files import check_file, printable, reading  # noqa: E402
+from common.files import check_file, printable, reading  # noqa: E402
 
 PLACEHOLDERS = ("<|image|>", "<image>")  # in a caption, they would stand for a second image
 N_NAMED = 5  # images left out that the report names

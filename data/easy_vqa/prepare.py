@@ -46,7 +46,7 @@ from command import ArgumentParser, run, user_errors  # noqa: E402  reports miss
 from tqdm import tqdm  # noqa: E402
 
 from data import CAPTION_REQUEST  # noqa: E402
-from files import check_file, printable, writing  # noqa: E402
+from common.files import check_file, printable, writing  # noqa: E402
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
