@@ -30,6 +30,13 @@ def tiny_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
     )
 
 
+def scene_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
+    """The embedded model, for the scenes of data/tiny: more layers in the vision encoder and more queries."""
+    vit, abstractor, llama = tiny_parts()
+    vit.n_layer, abstractor.n_query, llama.vocab_size = 6, 16, 640
+    return vit, abstractor, llama
+
+
 def mid_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
     """A size for benchmarks on a laptop, in the proportions of the 7B."""
     return (
@@ -44,6 +51,7 @@ PRESETS = {
     "owl2-7b": lambda: owl2(ViTConfig(image_size=448), AbstractorConfig(), LlamaConfig()),
     "tiny-owl1": lambda: owl1(*tiny_parts()),
     "tiny-owl2": lambda: owl2(*tiny_parts()),
+    "tiny-owl2-scenes": lambda: owl2(*scene_parts()),
     "mid-owl2": lambda: owl2(*mid_parts()),
 }
 

@@ -55,6 +55,7 @@ import itertools
 import random
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,14 @@ COLORS = {
     "yellow": (250, 220, 30),
     "purple": (170, 50, 210),
     "white": (255, 255, 255),
+}
+MORE_COLORS = {  # for scenes in which few pairs of shape and color are missing (data/tiny)
+    "orange": (255, 140, 0),
+    "pink": (255, 150, 190),
+    "cyan": (0, 220, 220),
+    "brown": (130, 75, 30),
+    "lime": (180, 255, 80),
+    "navy": (80, 80, 150),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 RADIUS = {"big": 8, "small": 4}  # pixels
@@ -95,6 +104,7 @@ HELD_OUT_PAIRS = frozenset(zip(SHAPES, COLORS))
 HELD_OUT_WORDS = frozenset(WORDS[::5])
 HELD_OUT = HELD_OUT_PAIRS | HELD_OUT_WORDS
 SEEN_PAIRS = [pair for pair in itertools.product(SHAPES, COLORS) if pair not in HELD_OUT]
+MORE_PAIRS = list(itertools.product(SHAPES, MORE_COLORS))
 SEEN_WORDS = [word for word in WORDS if word not in HELD_OUT]
 
 CELL = 21  # pixels from one column or row to the next
@@ -201,20 +211,20 @@ class Turn(NamedTuple):
 # Scenes and their images
 
 
-def make_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """Returns a random scene. held_out: with one held-out pair and a held-out word."""
+def make_scene(rng: random.Random, held_out: bool = False, pairs: Sequence[tuple[str, str]] = SEEN_PAIRS) -> Scene:
+    """Returns a random scene. held_out: with one held-out pair and a held-out word. pairs: of its other objects."""
     n_object = rng.randint(1, 4)
     first = [rng.choice(sorted(HELD_OUT_PAIRS))] if held_out else []
     if rng.random() < 0.5:  # all share a shape or a color, so that counts differ from 0 and 1
         shared = rng.choice(first[0] if held_out else [*SHAPES, *COLORS])
-        first += rng.sample([pair for pair in SEEN_PAIRS if shared in pair], n_object - len(first))
-    rest = [pair for pair in SEEN_PAIRS if pair not in first]
-    pairs = first + rng.sample(rest, n_object - len(first))
-    rng.shuffle(pairs)
+        first += rng.sample([pair for pair in pairs if shared in pair], n_object - len(first))
+    rest = [pair for pair in pairs if pair not in first]
+    chosen = first + rng.sample(rest, n_object - len(first))
+    rng.shuffle(chosen)
     cells = sorted(rng.sample(range(len(ROWS) * len(COLUMNS)), n_object))
     objects = [
         Object(shape, color, rng.choice(list(RADIUS)), cell % len(COLUMNS), cell // len(COLUMNS))
-        for (shape, color), cell in zip(pairs, cells)
+        for (shape, color), cell in zip(chosen, cells)
     ]
     return Scene(tuple(objects), rng.choice(sorted(HELD_OUT_WORDS) if held_out else SEEN_WORDS))
 
@@ -241,7 +251,7 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
 
 def draw_object(canvas: ImageDraw.ImageDraw, item: Object, x: int, y: int) -> None:
     """Draws an object centered at the pixel (x, y)."""
-    shape, r, color = item.shape, RADIUS[item.size], COLORS[item.color]
+    shape, r, color = item.shape, RADIUS[item.size], (COLORS | MORE_COLORS)[item.color]
     box = (x - r, y - r, x + r, y + r)
     thin = r // 4  # half the thickness of the lines of a bar or cross
     if shape == "circle":
