@@ -1,37 +1,49 @@
-# make demo         ask the model in checkpoints/tiny-owl2 about an image
+# make demo         ask the model in checkpoints/tiny-owl2 two questions about assets/scene.png
 # make test         run the tests, except those marked slow (under five minutes on two cores)
 # make test-slow    run all tests
-# make tiny         train checkpoints/tiny-owl2 again, into runs/tiny-owl2/stage2 (half an hour on two cores)
+# make test-web     run the tests of pages in a browser (skipped without Debian's chromium)
+# make tiny         train checkpoints/tiny-owl2 again, into runs/tiny-owl2/stage2 (an hour on two cores)
 # make tiny-owl1    train checkpoints/tiny-owl1 again; stage 2 trains LoRA and the abstractor
 
 PYTHON := .venv/bin/python
 DATA := data/easy_vqa
+SCENES := data/tiny
 TINY := runs/tiny-owl2
 TINY1 := runs/tiny-owl1
 TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run
-	$(PYTHON) sample.py --image assets/blue-rectangle.png --prompt "what color is the shape?"
+	$(PYTHON) sample.py --image assets/scene.png --prompt "what shape is left of the purple thing?"
+	$(PYTHON) sample.py --image assets/scene.png --prompt "what word is written?"
 
 test: .venv/dev
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -m "not slow" --ignore=tests/web
 
 test-slow: .venv/dev
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q --ignore=tests/web
+
+test-web: .venv/web
+	OWLET_WEB=1 $(PYTHON) -m pytest -q -rs tests/web
 
 tiny: .venv/dev
-	$(PYTHON) $(DATA)/prepare.py
-	$(PYTHON) -m tools.train_language --preset tiny-owl2 --tokenizer $(DATA)/tokenizer.model --out $(TINY)/stage0 \
-	    --data $(DATA)/text.json --val $(DATA)/text_val.json $(TINY_FLAGS)
+	$(PYTHON) data/tiny/prepare.py
+	$(PYTHON) -m tools.train_language --preset tiny-owl2-scenes --tokenizer $(SCENES)/tokenizer.model --out $(TINY)/stage0 \
+	    --mix $(SCENES)/text.json:4 $(SCENES)/easy_vqa/text.json:1 --val $(SCENES)/text_val.json $(TINY_FLAGS) \
+	    --steps 1500 --warmup 50
 	$(PYTHON) train_stage1.py --weights $(TINY)/stage0 --out $(TINY)/stage1 \
-	    --data $(DATA)/captions.json --val $(DATA)/captions_val.json $(TINY_FLAGS) \
-	    --steps 2200 --warmup 100 --lr 1.5e-3 --min-lr 1e-4 --crop-scale 0.8
+	    --mix $(SCENES)/captions.json:5 $(SCENES)/easy_vqa/captions.json:1 --val $(SCENES)/captions_val.json $(TINY_FLAGS) \
+	    --steps 4500 --warmup 200 --lr 1.5e-3 --min-lr 1e-4 --crop-scale 0
 	$(PYTHON) train_stage2.py --weights $(TINY)/stage1 --out $(TINY)/stage2 \
-	    --data $(DATA)/train.json --val $(DATA)/val.json $(TINY_FLAGS) \
-	    --steps 1500 --warmup 100 --lr 1e-3 --min-lr 1e-5 --crop-scale 0.8 --weight-decay 0.05 --max-length 512
-	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2
-	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images blank
-	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY)/stage2 --images shuffled
+	    --mix $(SCENES)/train.json:2 $(SCENES)/varied.json:4 $(SCENES)/varied_captions.json:2 \
+	    $(SCENES)/easy_vqa/train.json:2 $(SCENES)/text_all.json:1 --val $(SCENES)/val.json $(TINY_FLAGS) \
+	    --steps 5500 --warmup 100 --lr 1e-3 --min-lr 1e-5 --crop-scale 0 --weight-decay 0.05 --max-length 512
+	for test in test unseen unknown easy_vqa/test; do \
+	    $(PYTHON) evaluate.py --data $(SCENES)/$$test.json --weights $(TINY)/stage2 || exit 1; \
+	    $(PYTHON) evaluate.py --data $(SCENES)/$$test.json --weights $(TINY)/stage2 --images blank || exit 1; \
+	done
+	$(PYTHON) evaluate.py --data $(SCENES)/test_captions.json --weights $(TINY)/stage2 --out $(TINY)/captions.jsonl \
+	    --max-new-tokens 64
+	$(PYTHON) -m tools.check_captions $(TINY)/captions.jsonl
 
 tiny-owl1: .venv/dev
 	$(PYTHON) $(DATA)/prepare.py
@@ -54,4 +66,8 @@ tiny-owl1: .venv/dev
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow tiny tiny-owl1
+.venv/web: requirements-web.txt .venv/dev
+	$(PYTHON) -m pip install --quiet -r requirements-web.txt
+	touch $@
+
+.PHONY: demo test test-slow test-web tiny tiny-owl1
