@@ -5,7 +5,7 @@
     python sample.py --image a.jpg --image b.jpg --prompt "Is <image> older than <image>?"
     python sample.py --weights mplug-owl2-llama2-7b --image x.jpg --prompt "Describe it." > answer.txt
     python sample.py --weights mplug-owl2-llama2-7b --adapter runs/my-lora --prompt "Who are you?"
-    python sample.py --image x.jpg --prompt "What is this?" --show-attention maps.png
+    python sample.py --image x.jpg --prompt "What is this?" --explain page.html
 
 Only the answer goes to standard output, streamed; everything else goes to standard error. A user error is one line,
 with exit code 2.
@@ -34,19 +34,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command import ArgumentParser, log, run, user_errors
-from files import check_file, escape_controls, printable, writing
+from common.files import check_file, escape_controls, printable
 
 # torch takes seconds to import, so it and all that imports it are imported after the flags are parsed.
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from inference.chat import ChatSession
 
 TINY_FOLDER = Path(__file__).parent / "checkpoints" / "tiny-owl2"
-SOFTWARE = "owlet --show-attention"  # in the EXIF data of its pictures
+EXPLAIN_MARK = b'<meta name="generator" content="owlet --explain">'  # at the start of its pages
 TINY_NOTICE = (
-    "This is the embedded tiny model, trained on easy-VQA: it answers questions about the color and shape of one "
-    "simple shape. For other images download MAGAer13/mplug-owl2-llama2-7b (see the README) and pass it as --weights."
+    "This is the embedded tiny model, trained on drawn scenes (such as assets/scene.png) and easy-VQA: it knows nothing "
+    "else. For photos download MAGAer13/mplug-owl2-llama2-7b (see the README) and pass it as --weights."
 )
 
 
@@ -60,8 +58,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     fits = "how an image becomes a square; default: as in the released chats, stretch for Owl1 and square for Owl2 "
     fits += "(Owl2's training scripts and image quality models pad)"
     add("--fit", choices=("stretch", "square", "pad", "crop"), help=fits)
-    maps = "save a picture of the attention maps (see inference/explain.py) as .png or .jpg; needs --prompt and --image"
-    add("--show-attention", type=Path, metavar="FILE", help=maps)
+    page = "save a page that shows how the answer came about (see inference/explain.py) as .html; needs --prompt"
+    add("--explain", type=Path, metavar="FILE", help=page)
 
     add = parser.add_argument_group("model").add_argument
     folder = "an mPLUG-Owl or mPLUG-Owl2 checkpoint in Hugging Face format, or one saved by train_stage*.py; "
@@ -96,44 +94,32 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    if args.show_attention is not None:
-        check_picture_path(parser, args)
+    if args.explain is not None:
+        check_page_path(parser, args)
     return args
 
 
-def check_picture_path(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Reports a --show-attention FILE that cannot be written, before the model is loaded."""
-    path = args.show_attention
-    if args.prompt is None or not args.image:
-        parser.error("--show-attention needs --prompt and --image")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        parser.error(f"--show-attention {path}: the name must end in .png or .jpg")
+def check_page_path(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Reports an --explain FILE that cannot be written, before the model is loaded."""
+    path = args.explain
+    if args.prompt is None:
+        parser.error("--explain needs --prompt")
+    if path.suffix.lower() != ".html":
+        parser.error(f"--explain {path}: the name must end in .html")
     if not os.path.isdir(path.parent) or os.path.isdir(path):  # Path.is_dir raises an error for a name too long
-        parser.error(f"--show-attention {path}: there is no folder {path.parent}, or this is a folder itself")
-    if os.path.lexists(path) and not is_attention_picture(path):
-        parser.error(f"--show-attention {path}: a file of another origin would be overwritten")
+        parser.error(f"--explain {path}: there is no folder {path.parent}, or this is a folder itself")
+    if os.path.lexists(path) and not is_explanation(path):
+        parser.error(f"--explain {path}: a file of another origin would be overwritten")
 
 
-def is_attention_picture(path: Path) -> bool:
-    """Whether --show-attention wrote this file."""
-    from PIL import ExifTags, Image
-
+def is_explanation(path: Path) -> bool:
+    """Whether --explain wrote this file."""
     try:
         check_file(path)
-        with Image.open(path) as picture:
-            return picture.getexif().get(ExifTags.Base.Software) == SOFTWARE
-    except Exception:  # whatever Pillow raises for a file that is no picture
+        with path.open("rb") as file:
+            return EXPLAIN_MARK in file.read(1000)
+    except (OSError, ValueError):
         return False
-
-
-def save_picture(picture: Image, path: Path) -> None:
-    """Saves a picture that a later run may overwrite. Raises OSError."""
-    from PIL import ExifTags
-
-    exif = picture.getexif()
-    exif[ExifTags.Base.Software] = SOFTWARE
-    with writing(path) as part:
-        picture.save(part, "PNG" if path.suffix.lower() == ".png" else "JPEG", exif=exif)
 
 
 def build_session(args: argparse.Namespace) -> ChatSession:
@@ -254,13 +240,13 @@ def main(argv: list[str] | None = None) -> None:
         chat(session)
         return
     print_answer(session)
-    if args.show_attention is not None:
-        from inference.explain import explain_answer
+    if args.explain is not None:
+        from inference.explain import explain
+        from inference.explain_page import write_page
 
-        picture = explain_answer(session, heading=f"model: {args.weights or TINY_FOLDER}")
         with user_errors():
-            save_picture(picture, args.show_attention)
-        log(f"wrote {printable(args.show_attention)}")
+            write_page(explain(session, (args.weights or TINY_FOLDER).resolve().name), args.explain)
+        log(f"wrote {printable(args.explain)}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from data.image import load_image, to_pixels
@@ -35,13 +33,6 @@ from model import IMAGE_TOKEN_ID, Owl, OwlConfig
 COMMANDS = "/image PATH adds an image to the next question; /reset starts a new conversation; /help; /quit"
 
 
-class ChatImage(NamedTuple):
-    """An image of a conversation."""
-
-    pixels: Tensor  # [3, S, S] float32, the input of the vision encoder
-    thumbnail: Image  # RGB, upright, at most 512 x 512 pixels
-
-
 @dataclass
 class Conversation:
     """Questions, answers and images of a chat."""
@@ -50,8 +41,8 @@ class Conversation:
     tokenizer: Tokenizer
     fit: str  # how an image becomes a square (data/image.py)
     messages: list[str] = field(default_factory=list)  # questions and answers in turn; "" if not generated yet
-    images: list[ChatImage] = field(default_factory=list)  # of the messages, in the order of their placeholders
-    pending: list[ChatImage] = field(default_factory=list)  # images of the next question
+    images: list[Tensor] = field(default_factory=list)  # [3, S, S] float32 each, in the order of their placeholders
+    pending: list[Tensor] = field(default_factory=list)  # images of the next question
     prompt_ids: list[int] = field(default_factory=list)  # up to the last question; n_query + 1 placeholders per image
 
     def reset(self) -> None:
@@ -60,10 +51,7 @@ class Conversation:
 
     def add_image(self, path: str) -> None:
         """Adds an image to the next question. Raises ValueError or OSError if it cannot be read."""
-        image = load_image(path)
-        pixels = to_pixels(image, self.config.image_size, self.fit)
-        image.thumbnail((512, 512))  # in place
-        self.pending.append(ChatImage(pixels, image))
+        self.pending.append(to_pixels(load_image(path), self.config.image_size, self.fit))
 
     def ask(self, question: str) -> None:
         """Adds a question with the pending images; those without a placeholder come before its text.
@@ -125,7 +113,7 @@ class ChatSession:
         # Process the rest, with its images, and generate.
         device = self.cache.lengths.device
         n_image = ids[:n_kept].count(IMAGE_TOKEN_ID) // self.model.config.n_visual_tokens
-        pixels = [image.pixels for image in self.conversation.images[n_image:]]
+        pixels = self.conversation.images[n_image:]
         tokens = self.decode(
             torch.tensor([ids[n_kept:]], device=device),
             torch.stack(pixels).to(device) if pixels else None,
