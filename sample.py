@@ -55,26 +55,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("question").add_argument
     add("--prompt", metavar="TEXT", help="the question; without it, a chat starts")
     add("--image", action="append", default=[], metavar="PATH", help="an image; repeat the flag for several")
-    fits = "how an image becomes a square; default: as in the released chats, stretch for Owl1 and square for Owl2 "
-    fits += "(Owl2's training scripts and image quality models pad)"
-    add("--fit", choices=("stretch", "square", "pad", "crop"), help=fits)
     page = "save a page that shows how the answer came about (see inference/explain.py) as .html; needs --prompt"
     add("--explain", type=Path, metavar="FILE", help=page)
 
-    add = parser.add_argument_group("model").add_argument
-    folder = "an mPLUG-Owl or mPLUG-Owl2 checkpoint in Hugging Face format, or one saved by train_stage*.py; "
-    folder += "default: the embedded tiny model, checkpoints/tiny-owl2"
-    add("--weights", type=Path, metavar="FOLDER", help=folder)
-    add("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in PEFT format, merged into the weights")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu")
-    dtypes = "auto: bfloat16 on cuda and mps and for quantized weights; otherwise float32, or bfloat16 if float32 does "
-    dtypes += "not fit the memory"
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtypes)
-    bits = "quantize the language model's linear layers to 8 or 4 bits: an Owl2-7B then fits 12 or 8 GB, and decodes "
-    bits += "faster where memory bandwidth is the limit (python -m tools.quantize saves quantized weights)"
-    add("--quantize", choices=("int8", "int4"), help=bits)
-    compiled = "compile the decoding step: takes about a minute at the start and pays off over many tokens"
-    add("--compile", action="store_true", help=compiled)
+    add_model_flags(parser)
 
     add = parser.add_argument_group("answer").add_argument
     temperature = "0, the default: greedy, each token is the most probable one; above 0: tokens are sampled. The "
@@ -88,8 +72,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
-    if args.device != "auto" and args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        parser.error(f"--device must be auto, cpu, cuda, cuda:NUMBER or mps, not {args.device!r}")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     if args.max_new_tokens < 1:
@@ -97,6 +79,33 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.explain is not None:
         check_page_path(parser, args)
     return args
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    """Adds the flags that select and load a model."""
+    add = parser.add_argument_group("model").add_argument
+    folder = "an mPLUG-Owl or mPLUG-Owl2 checkpoint in Hugging Face format, or one saved by train_stage*.py; "
+    folder += "default: the embedded tiny model, checkpoints/tiny-owl2"
+    add("--weights", type=Path, metavar="FOLDER", help=folder)
+    add("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in PEFT format, merged into the weights")
+    add("--device", default="auto", type=device_name, help="cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu")
+    dtypes = "auto: bfloat16 on cuda and mps and for quantized weights; otherwise float32, or bfloat16 if float32 does "
+    dtypes += "not fit the memory"
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtypes)
+    bits = "quantize the language model's linear layers to 8 or 4 bits: an Owl2-7B then takes 8.7 or 5.4 GB, and "
+    bits += "decodes faster where memory bandwidth is the limit (python -m tools.quantize saves quantized weights)"
+    add("--quantize", choices=("int8", "int4"), help=bits)
+    compiled = "compile the decoding step: takes about a minute at the start and pays off over many tokens"
+    add("--compile", action="store_true", help=compiled)
+    fits = "how an image becomes a square; default: as in the released chats, stretch for Owl1 and square for Owl2 "
+    fits += "(Owl2's training scripts and image quality models pad)"
+    add("--fit", choices=("stretch", "square", "pad", "crop"), help=fits)
+
+
+def device_name(text: str) -> str:
+    if text != "auto" and text.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:NUMBER or mps, not {text!r}")
+    return text
 
 
 def check_page_path(parser: ArgumentParser, args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from command import ArgumentParser, exit_with_error, log, run, user_errors
 from common.files import escape_controls, printable
-from sample import TINY_FOLDER, build_session
+from sample import TINY_FOLDER, add_model_flags, build_session
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -73,27 +73,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         parser.error("the API key must be printable ASCII characters, without spaces at its ends")
     return args
-
-
-def add_model_flags(parser: ArgumentParser) -> None:
-    """Adds the flags that select and load a model, as sample.py has them."""
-    add = parser.add_argument_group("model").add_argument
-    folder = "an mPLUG-Owl or mPLUG-Owl2 checkpoint in Hugging Face format, or one saved by train_stage*.py; "
-    folder += "default: the embedded tiny model, checkpoints/tiny-owl2"
-    add("--weights", type=Path, metavar="FOLDER", help=folder)
-    add("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in PEFT format, merged into the weights")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu")
-    dtypes = "auto: bfloat16 on cuda and mps and for quantized weights; otherwise float32, or bfloat16 if float32 does "
-    dtypes += "not fit the memory"
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtypes)
-    bits = "quantize the language model's linear layers to 8 or 4 bits: an Owl2-7B then takes 8.7 or 5.4 GB and the "
-    bits += "caches of its sessions, and decodes faster where memory bandwidth is the limit (python -m tools.quantize saves quantized weights)"
-    add("--quantize", choices=("int8", "int4"), help=bits)
-    compiled = "compile the decoding step: takes about a minute at the start and pays off over many tokens"
-    add("--compile", action="store_true", help=compiled)
-    fits = "how an image becomes a square; default: as in the released chats, stretch for Owl1 and square for Owl2 "
-    fits += "(Owl2's training scripts and image quality models pad)"
-    add("--fit", choices=("stretch", "square", "pad", "crop"), help=fits)
 
 
 def listen(host: str, port: int) -> socket.socket:

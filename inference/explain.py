@@ -111,7 +111,7 @@ class Recorder(TorchFunctionMode):
         self.attention: Tensor | int = 0  # [n_answer, T], mean over the decoder's layers
         self.hidden: list[Tensor] = []  # after each layer of the decoder, [n_answer, n_embd]
         self.logits: Tensor | None = None  # [n_answer, vocab_size]
-        self.is_visual: list[bool] | None = None  # [T]: which positions take the visual branch; None if there is only one branch
+        self.is_visual: list[bool] | None = None  # [T]: takes the visual branch; None if there is only one
         self.calls: dict[str, Call] = {}  # by the module's name
 
     def run(self, images: Tensor | None) -> None:

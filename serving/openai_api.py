@@ -243,7 +243,7 @@ def as_text(text: str) -> str:
 
 
 def read_image(url: str, conversation: Conversation, limits: Limits) -> Tensor:
-    """Decodes a data URL to pixels, [3, S, S] float32. Raises ApiError. No other URL is read: neither from the network nor from the disk."""
+    """Decodes a data URL to pixels, [3, S, S] float32. Raises ApiError. No other URL is read, from network or disk."""
     match = DATA_URL.match(url)
     if match is None:
         message = "an image is a data URL, data:image/png;base64,...; other addresses are not fetched"
