@@ -48,7 +48,8 @@ from evaluation.qa_file import answer_lines, check_out, count_table, read_cases
 from evaluation.question import shuffle_images
 from evaluation.results import append_answer, open_run, write_results, write_text
 from evaluation.runner import Runner
-from inference.quantize import BITS, bits_of, load_quantized, read_quantization, why_slow
+from inference.loading import load_with_adapter
+from inference.quantize import BITS, bits_of, read_quantization, why_slow
 from model import Owl
 from train import evaluate_loss
 from training.distributed import PRECISIONS, Dist, init_distributed
@@ -68,6 +69,7 @@ def parse_args() -> Namespace:
     what.add_argument("--ratings", metavar="FILE", help="count the ratings that OwlEval's page saved")
     p.add_argument("--folder", help="the benchmark's files, as they are published")
     p.add_argument("--weights", metavar="FOLDER", default=EMBEDDED, help="model folder (default: the embedded one)")
+    p.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter in PEFT format, merged into the weights")
     p.add_argument("--quantize", choices=BITS, help="the language model's matrices in 8 or 4 bits")
     p.add_argument("--images", choices=("right", "blank", "shuffled"), default="right", help="what the model sees")
     p.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
@@ -112,9 +114,10 @@ def resolve_defaults(args: Namespace) -> None:
 
 
 def load_model_and_tokenizer(args: Namespace, dist: Dist) -> tuple[Owl, Tokenizer]:
-    """Loads --weights. Raises FileNotFoundError or ValueError as load_quantized and Tokenizer do."""
+    """Loads --weights with --adapter. Raises FileNotFoundError or ValueError as load_with_adapter and Tokenizer do."""
     tokenizer = Tokenizer(args.weights)
-    model = load_quantized(args.weights, dist.device, dist.dtype, to=args.quantize)
+    adapter = Path(args.adapter) if args.adapter else None
+    model = load_with_adapter(Path(args.weights), adapter, dist.device, dist.dtype, args.quantize)
     model.config.llama.eos_id = tokenizer.eos_id
     bits = bits_of(model)
     if bits and dist.is_main and (why := why_slow(bits, dist.device, dist.dtype, compiled=False)):

@@ -37,8 +37,7 @@ class LoRALinear(nn.Linear):
         return self.unmerged_weight is not None
 
     @property
-    def scale(self) -> float:
-        """Factor of the update. Divided by the rank, so that a good learning rate does not depend on the rank."""
+    def scale(self) -> float:  # divided by the rank, so that a good learning rate does not depend on the rank
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,6 +48,10 @@ class LoRALinear(nn.Linear):
         x = F.dropout(x, self.dropout, self.training)
         return y + self.lora_B(self.lora_A(x)) * self.scale
 
+    def merged_weight(self) -> Tensor:
+        """The weight plus its update, [n_out, n_in] float32."""
+        return self.weight.float() + self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scale
+
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Yields (name, module) for each LoRALinear of a model."""
@@ -58,20 +61,19 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def inject_lora(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Freezes the model and replaces every Linear that a target names by a LoRALinear.
 
-    A target is a full module name or its last parts: "q_proj", "k_proj.multiway.0". Raises ValueError if a target
-    names no Linear, or if the model already has an adapter.
+    A target is a full module name or its last parts: "q_proj", "k_proj.multiway.0"; "k_proj" means both branches.
+    Raises ValueError if a target names no Linear, or if the model already has an adapter.
     """
     if any(lora_modules(model)):
         raise ValueError("the model already has an adapter: load the model again")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    matches = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
+    ends = {target: (f".{target}", f".{target}.multiway.0", f".{target}.multiway.1") for target in targets}
+    matches = {target: [name for name in linears if f".{name}".endswith(ends[target])] for target in targets}
     if unmatched := [target for target, names in matches.items() if not names]:
         raise ValueError(f"the model has no Linear named {', '.join(unmatched)}")
     model.requires_grad_(False)
-    selected = set().union(*matches.values())
-    for name, linear in linears.items():
-        if name in selected:
-            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout))
+    for name in sorted({name for names in matches.values() for name in names}):
+        model.set_submodule(name, LoRALinear(linears[name], rank, alpha, dropout))
 
 
 def init_lora(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -91,8 +93,7 @@ def merge_lora(model: nn.Module) -> None:
     for _, module in lora_modules(model):
         if not module.merged:
             module.unmerged_weight = module.weight.data
-            update = module.lora_B.weight.float() @ module.lora_A.weight.float() * module.scale
-            module.weight.data = (module.weight.float() + update).to(module.weight.dtype)
+            module.weight.data = module.merged_weight().to(module.weight.dtype)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ import torch
 from evaluation.benchmarks import MAX_FILE, get, in_row, read_field
 from evaluation.question import Question, Results
 from common.files import read_bytes, reading, writing
+from inference.adapter import FILES as ADAPTER_FILES
 from inference.quantize import read_quantization
 from training.distributed import Dist, all_gather_object
 from weights import weight_files
@@ -68,6 +69,7 @@ def describe_settings(args: Namespace, questions: list[Question], dist: Dist) ->
         "weights": str(weights.resolve()),
         **{f"sha256 of {path.name}": hash_file(path) for path in small},
         **{f"bytes of {path.name}": path.stat().st_size for path in weight_files(weights)},
+        **({"adapter": adapter_hashes(Path(args.adapter))} if args.adapter else {}),
         "quantize": args.quantize or read_quantization(weights),
         "dtype": str(dist.dtype),
         "images": args.images,
@@ -76,6 +78,12 @@ def describe_settings(args: Namespace, questions: list[Question], dist: Dist) ->
         "min_new_tokens": args.min_new_tokens,
         "max_new_tokens": args.max_new_tokens,
     }
+
+
+def adapter_hashes(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file of an adapter, by name."""
+    names = ("adapter_config.json", "non_lora_trainables.bin", *ADAPTER_FILES)
+    return {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
 
 
 def hash_file(path: Path) -> str:

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from common.device import disable_tf32, device_memory
-from inference.adapter import load_lora, load_non_lora
+from inference.adapter import load_adapter
 from inference.fast_decode import use_column_major_weights
 from inference.quantize import BITS, load_quantized, quantize, read_quantization
 from lora import merge_lora
 from model import Owl, OwlConfig
-from weights import read_config
+from weights import load_model, read_config
 
 
 def select_device(name: str) -> torch.device:
@@ -38,6 +38,22 @@ def select_dtype(name: str, device: torch.device, config: OwlConfig, is_quantize
     return torch.float32 if 4 * n_parameter < 0.75 * device_memory(device) else torch.bfloat16
 
 
+def load_with_adapter(
+    folder: Path, adapter: Path | None, device: torch.device, dtype: torch.dtype, to: str | None = None
+) -> Owl:
+    """Loads a model, merges an adapter into it if one is given, and quantizes it to "int8" or "int4" if asked."""
+    if adapter is None:
+        return load_quantized(folder, device, dtype, to)
+    if read_quantization(folder) is not None:
+        raise ValueError(f"{folder} is quantized; an adapter needs the unquantized weights, and --quantize if wanted")
+    model = load_model(folder, device, dtype)
+    load_adapter(model, adapter)
+    merge_lora(model)
+    if to is not None:
+        quantize(model.llama, BITS[to])
+    return model
+
+
 def load_for_inference(
     folder: Path, *, adapter: Path | None, quantize_to: str | None, device: str, dtype: str
 ) -> tuple[Owl, torch.device, torch.dtype]:
@@ -49,17 +65,9 @@ def load_for_inference(
     config = read_config(folder)
     target = select_device(device)
     saved = read_quantization(folder)
-    if adapter is not None and saved is not None:
-        raise ValueError(f"{folder} is quantized; an adapter needs the unquantized weights, and --quantize if wanted")
     precision = select_dtype(dtype, target, config, bool(quantize_to or saved))
     try:
-        model = load_quantized(folder, target, precision, None if adapter else quantize_to)
-        if adapter is not None:
-            load_non_lora(model, adapter)
-            load_lora(model, adapter)
-            merge_lora(model)
-            if quantize_to is not None:
-                quantize(model.llama, BITS[quantize_to])
+        model = load_with_adapter(folder, adapter, target, precision, quantize_to)
     except torch.OutOfMemoryError:
         raise ValueError(f"{folder} does not fit the memory of {target} in {precision}") from None
     use_column_major_weights(model.llama)

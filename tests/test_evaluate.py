@@ -661,7 +661,7 @@ def test_other_settings_are_refused(task, easy, finished, monkeypatch, flags, na
     """Before the weights are loaded, and without changing any file. They may change while there is no answer."""
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_quantized", None)
+        patch.setattr(evaluate, "load_with_adapter", None)
         assert f"{name}: " in refused(*task(easy, finished, *flags))
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
     if name == "max_new_tokens":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import weights
 from conftest import assert_close, assert_gradients_close, make_config, make_images, make_owl, make_row, pad_rows
-from inference.adapter import load_lora, load_non_lora, save_lora, save_non_lora
+from inference.adapter import load_adapter, load_lora, load_non_lora, save_lora, save_non_lora
 from model import Owl
 from train_stage2 import LORA_TARGETS
 from training.presets import init_weights
@@ -80,7 +80,7 @@ def test_only_the_adapter_is_trained(model_and_batch, variant):
     lora.inject_lora(model, LORA_TARGETS[variant], rank=4, alpha=8, dropout=0.05)
     before = snapshot(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 2 * len(LORA_TARGETS[variant]) * model.config.llama.n_layer
+    assert len(trained) == 2 * {"owl1": 2, "owl2": 9}[variant] * model.config.llama.n_layer
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
     model.train()
     losses = []
@@ -146,12 +146,16 @@ def test_dropout_only_in_training_and_only_in_the_adapter():
 
 
 def test_targets_are_full_names_or_their_last_parts(model_and_batch):
+    """The name of a module of the modality-adaptive module means both of its Linears."""
     model, _ = model_and_batch("owl2")
-    lora.inject_lora(model, ("layers.1.self_attn.q_proj", "k_proj.multiway.1", "llama.lm_head"), rank=1, alpha=1)
+    targets = ("layers.1.self_attn.q_proj", "k_proj.multiway.1", "layers.1.self_attn.v_proj", "llama.lm_head")
+    lora.inject_lora(model, targets, rank=1, alpha=1)
     assert [name for name, _ in lora.lora_modules(model)] == [
         "llama.layers.0.self_attn.k_proj.multiway.1",
         "llama.layers.1.self_attn.q_proj",
         "llama.layers.1.self_attn.k_proj.multiway.1",
+        "llama.layers.1.self_attn.v_proj.multiway.0",
+        "llama.layers.1.self_attn.v_proj.multiway.1",
         "llama.lm_head",
     ]
 
@@ -386,9 +390,9 @@ def test_a_corrupt_config(adapter, content):
     assert_refused(plain, folder, "adapter_config.json")
 
 
-OTHER_KINDS = [("r", 0), ("lora_dropout", 2.0), ("peft_type", "IA3"), ("use_dora", True)]
-OTHER_KINDS += [("bias", "all"), ("fan_in_fan_out", True), ("modules_to_save", ["lm_head"])]
-OTHER_KINDS += [("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4})]
+OTHER_KINDS = [("r", 0), ("lora_dropout", 2.0), ("peft_type", "IA3"), ("fan_in_fan_out", True), ("bias", "some")]
+OTHER_KINDS += [("modules_to_save", 5), ("rank_pattern", {"q_proj": 0}), ("alpha_pattern", {"q_proj": "x"})]
+OTHER_KINDS += [("rank_pattern", {"(": 4}), ("rank_pattern", {"(a+)+b": 4}), ("alpha_pattern", {".*.*.*.*": 4})]
 
 
 @pytest.mark.parametrize("key, value", OTHER_KINDS)
@@ -397,6 +401,16 @@ def test_another_kind_of_adapter(adapter, key, value):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
     assert_refused(plain, folder, "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    "key, value", [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 4})]
+)
+def test_tensors_that_the_config_announces_and_the_file_lacks(adapter, key, value):
+    plain, folder = adapter
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    assert_refused(plain, folder, "adapter_model.safetensors", "does not fit")
 
 
 @pytest.mark.parametrize(
@@ -480,24 +494,98 @@ def test_absurd_values_in_an_adapters_config(adapter, key, value):
     assert_refused(plain, folder, str(folder))
 
 
-@pytest.mark.parametrize("key, value", [("use_rslora", True), ("init_lora_weights", "gaussian"), ("bias", "none")])
-def test_variants_that_equal_pefts_merge(twins, tmp_path, key, value):
-    import peft
+VARIANTS_OF_PEFT = {
+    "plain": {"init_lora_weights": "gaussian"},
+    "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "rank_pattern": {"rank_pattern": {r"layers\.1\..*q_proj": 2, "o_proj": 1}},
+    "alpha_pattern": {"alpha_pattern": {"layers.0.self_attn.o_proj": 3}, "rank_pattern": {"o_proj": 3}},
+    "bias": {"bias": "all"},
+    "lora_only": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True, "target_modules": ["abstractor.fc", "attn.proj"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "dora": {"use_dora": True, "rank_pattern": {"o_proj": 2}, "use_rslora": True},
+}
 
-    ours, theirs = twins
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | {key: value}
-    adapted = peft.get_peft_model(theirs, peft.LoraConfig(**options)).eval()
+
+def peft_adapter(model: Owl, **options):
+    """PEFT's adapter of our modules, with random numbers in everything that it trains."""
+    peft = pytest.importorskip("peft")
+    parts = torch.nn.Module()  # without our config, which PEFT would read
+    for name, part in copy.deepcopy(model).named_children():
+        parts.add_module(name, part)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj", "abstractor.fc", "attn.proj"]} | options
+    adapted = peft.get_peft_model(parts, peft.LoraConfig(**options)).eval()
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapted.named_parameters():
-        if ".lora_" in name:
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
             parameter.data.normal_(std=0.2, generator=generator)
+    return adapted
+
+
+def hf_names(tensors: dict[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
+    """The same tensors as PEFT would name them in the released model."""
+    prefix = "base_model.model."
+    return {prefix + weights.hf_name(key.removeprefix(prefix), variant): x.clone() for key, x in tensors.items()}
+
+
+def assert_merges_to(model: Owl, merged) -> None:
+    """Asserts that our merged weights are PEFT's, and that merging does not change the outputs."""
+    expected = dict(merged.state_dict())
+    lora.merge_lora(model)
+    found = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        atol = 1e-6 * expected[name].abs().max().item()
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("kind", VARIANTS_OF_PEFT)
+def test_variants_of_lora_equal_pefts_merge(model_and_batch, tmp_path, kind):
+    """Loaded, unmerged and merged; and what save_lora writes of them is the same adapter again."""
+    model, batch = model_and_batch("owl2")
+    adapted = peft_adapter(model, **VARIANTS_OF_PEFT[kind])
     adapted.save_pretrained(tmp_path)
-    load_lora(ours, tmp_path)
-    lora.merge_lora(ours)
-    merged = adapted.merge_and_unload().state_dict()
-    for name, module in lora.lora_modules(ours):
-        expected = merged[f"{weights.hf_name(name, 'owl2')}.weight"]
-        torch.testing.assert_close(module.weight, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(hf_names(load_file(path), "owl2"), path)
+    base = copy.deepcopy(model)
+    load_lora(model, tmp_path)
+    unmerged = logits_of(model, batch)
+    assert (unmerged - logits_of(base, batch)).abs().max() > 1e-3
+    if kind not in ("bias", "lora_only", "lora_bias", "modules_to_save"):  # they have changed the base
+        save_lora(model, tmp_path / "again")
+        load_lora(base, tmp_path / "again")
+        assert_close(logits_of(base, batch), unmerged)
+    assert_merges_to(model, adapted.merge_and_unload())
+    assert_close(logits_of(model, batch), unmerged)
+
+
+@pytest.mark.parametrize("kind", ["plain", "modules_to_save", "dora", "bias"])
+def test_the_whole_state_of_a_training_run(model_and_batch, tmp_path, kind):
+    """As trainers save it: every weight of the model, under the names that PEFT has in memory."""
+    model, _ = model_and_batch("owl2")
+    adapted = peft_adapter(model, **VARIANTS_OF_PEFT[kind])
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    state = hf_names(adapted.state_dict(), "owl2")
+    assert any(".lora_A.default." in key for key in state) and any(".base_layer." in key for key in state)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    load_lora(model, tmp_path)
+    assert_merges_to(model, adapted.merge_and_unload())
+
+
+def test_the_output_of_owl1s_script(model_and_batch, tmp_path):
+    """It saves no adapter_config.json: rank 8 and alpha 32 are those of the script."""
+    model, _ = model_and_batch("owl1")
+    adapted = peft_adapter(model, r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    torch.save(hf_names(adapted.state_dict(), "owl1"), tmp_path / "pytorch_model.bin")
+    load_adapter(model, tmp_path)
+    assert_merges_to(model, adapted.merge_and_unload())
+
+
+def test_a_whole_state_without_an_adapter(model_and_batch, tmp_path):
+    model, _ = model_and_batch("owl1")
+    torch.save(dict(weights.hf_state_dict(model)), tmp_path / "pytorch_model.bin")
+    assert_refused(model, tmp_path, "pytorch_model.bin", "no adapter")
 
 
 def test_rotary_buffers_beside_an_adapter_are_ignored(adapter):

@@ -2,7 +2,7 @@
 
     python -m tools.merge --weights mplug-owl2-llama2-7b --adapter runs/mine/adapter --out mplug-owl2-mine
 
-The adapter is in PEFT's files, as train_stage2.py and the released code write them.
+The adapter is in PEFT's files, as train_stage2.py, PEFT and the released code write them (inference/adapter.py).
 """
 
 from pathlib import Path
@@ -12,10 +12,9 @@ from command import ArgumentParser, run, user_errors
 import torch
 
 from common.files import printable
-from inference.adapter import load_lora, load_non_lora
-from lora import merge_lora
+from inference.loading import load_with_adapter
 from training.distributed import PRECISIONS
-from weights import load_model, save_model
+from weights import save_model
 
 
 def main() -> None:
@@ -29,11 +28,8 @@ def main() -> None:
     with user_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} exists, and is not an empty folder: choose another one")
-        model = load_model(args.weights, dtype=PRECISIONS[args.precision])
-        load_non_lora(model, args.adapter)
-        load_lora(model, args.adapter)
-        merge_lora(model)
-        save_model(model, out)
+        dtype = PRECISIONS[args.precision]
+        save_model(load_with_adapter(Path(args.weights), Path(args.adapter), torch.device("cpu"), dtype), out)
     print(printable(f"{out} holds {args.weights} with {args.adapter} merged"))
 
 
