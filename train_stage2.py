@@ -16,16 +16,22 @@ and padded images (then ask with --fit pad as well):
     torchrun --nproc_per_node=8 train_stage2.py --weights mplug-owl2-llama2-7b --data my.json --out runs/mine \\
         --micro-batch 4 --lora-rank 128 --lora-alpha 256 --lr 1e-4 --min-lr 0 --fit pad
 
+On a card of 12 GB: --quantize int4 --lora-rank 16 --micro-batch 1 trains the adapter on a 4-bit decoder (QLoRA). The
+model in OUT is then the 4-bit one with the adapter merged, in 16 bits; OUT/adapter also fits the original model.
+
 Check the data with --check, what is trained and whether it fits with --dry-run; continue a run that stopped with
 --resume. With LoRA, OUT/adapter holds the adapter alone in PEFT's format, and OUT the model with the adapter merged.
 """
 
 from command import ArgumentParser, run, user_errors
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lora
 from inference import adapter
+from inference.qlora import dequantize_base, quantize_base, quantized_tensors
+from inference.quantize import BITS
 from model import Owl
 from train import train
 from training.distributed import init_distributed
@@ -65,30 +71,33 @@ OWL2 = Recipe(
 )
 RECIPES = {"owl1": OWL1, "owl2": OWL2}
 LORA_RANK = {"owl1": 8, "owl2": 0}  # 0: no adapters, everything is trained
-LORA_TARGETS = {
-    "owl1": ("q_proj", "v_proj"),
-    "owl2": (
-        "q_proj",
-        "k_proj.multiway.0",
-        "k_proj.multiway.1",
-        "v_proj.multiway.0",
-        "v_proj.multiway.1",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
+LORA_PRESETS = {  # of --lora-targets: Linears of the decoder; k_proj and v_proj are those of both modalities
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "visual": ("q_proj", "v_proj.multiway.1"),  # queries, and the values of visual tokens
 }
+LORA_TARGETS = {"owl1": ("q_proj", "v_proj"), "owl2": LORA_PRESETS["all-linear"]}
 
 
 def choose_trained(
-    model: Owl, rank: int, alpha: float, dropout: float, train_abstractor: bool, freeze_vit: bool = False
+    model: Owl,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    train_abstractor: bool,
+    freeze_vit: bool = False,
+    targets: Sequence[str] | None = None,
 ) -> None:
-    """Trains everything if rank is 0, else adapters on the language model and, if asked, the abstractor."""
+    """Trains everything if rank is 0, else adapters on the language model and, if asked, the abstractor.
+
+    targets: names of LORA_PRESETS and of Linears (default: LORA_TARGETS).
+    """
     model.requires_grad_(rank == 0)
     model.vit.requires_grad_(rank == 0 and not freeze_vit)
     if rank > 0:
-        lora.inject_lora(model.llama, LORA_TARGETS[model.config.variant], rank, alpha, dropout)
+        targets = targets or LORA_TARGETS[model.config.variant]
+        names = tuple(name for target in targets for name in LORA_PRESETS.get(target, (target,)))
+        lora.inject_lora(model.llama, names, rank, alpha, dropout)
         model.abstractor.requires_grad_(train_abstractor)
 
 
@@ -100,20 +109,33 @@ def main() -> None:
     add("--lora-rank", type=integer(0, 4_096), help="0: train everything (default: 8 for Owl1, 0 for Owl2)")
     add("--lora-alpha", type=positive_float, default=32.0, help="the adapter is scaled by alpha / rank (default 32)")
     add("--lora-dropout", type=fraction_below_1, default=0.05, help="dropout of the adapter's input (default 0.05)")
+    targets = f"{', '.join(LORA_PRESETS)}, or names of Linears (default: Owl1 q_proj v_proj, Owl2 all-linear)"
+    add("--lora-targets", nargs="+", metavar="NAME", help=f"what is adapted: {targets}")
+    add("--quantize", choices=BITS, help="QLoRA: keep the frozen decoder in 8 or 4 bits, the adapter in full precision")
     add("--train-abstractor", action="store_true", help="train the abstractor too, as in the abstract of Owl1's paper")
     args = parser.parse_args()
     with user_errors():
         dist = init_distributed(args.device, args.precision)
         model, tokenizer, recipe = build_model(args, RECIPES)
         rank = LORA_RANK[model.config.variant] if args.lora_rank is None else args.lora_rank
-        choose_trained(model, rank, args.lora_alpha, args.lora_dropout, args.train_abstractor, args.freeze_vit)
+        if rank == 0 and (args.quantize or args.lora_targets):
+            raise ValueError("--quantize and --lora-targets are for LoRA: give --lora-rank")
+        settings = (rank, args.lora_alpha, args.lora_dropout, args.train_abstractor, args.freeze_vit)
+        choose_trained(model, *settings, args.lora_targets)
         tensors = initial_tensors(args, model.config)
+        if args.quantize:
+            if args.parallel == "fsdp":
+                raise ValueError("--parallel fsdp does not shard quantized weights: leave out one of them")
+            args.parallel = "ddp"
+            quantize_base(model.llama, BITS[args.quantize])
+            tensors = quantized_tensors(tensors, model, dist.device)
         training_run = build_run(args, dist, model, tokenizer=tokenizer, recipe=recipe, tensors=tensors)
 
     def save_final(model: Owl, out: Path) -> None:
         if rank > 0:
             adapter.save_non_lora(model, out / "adapter")
             adapter.save_lora(model, out / "adapter", args.weights)
+            dequantize_base(model.llama, dist.dtype)  # changes nothing without --quantize
             lora.merge_lora(model)
         save_model(model, out)
 

@@ -33,13 +33,15 @@ from data.mix import BatchSampler, Mixture
 from data.text import Tokenizer
 from evaluation.runner import ask
 from inference.adapter import load_lora
+from inference.quantize import QuantizedLinear, load_quantized
 from llama import PackedSequences
 from lora import LoRALinear
 from model import IGNORE_INDEX, Owl
+from runs import run_main
 from training import checkpoint, setup
 from training.checkpoint import HashingStream, training_state
 from training.monitor import Monitor
-from training.optimizer import learning_rate, make_optimizer
+from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.options import Recipe
 from training.presets import PRESETS, init_weights
 from weights import load_model, save_model
@@ -305,6 +307,33 @@ def test_the_optimizer_gives_each_parameter_its_rate_and_decay():
         assert group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6
 
 
+def test_vision_encoder_and_abstractor_can_have_rates_of_their_own():
+    """The decay over the ViT's layers applies on top; other parts keep --lr."""
+    model = Owl(tiny("owl2"))
+    recipe = make_test_recipe(vit_lr_decay=0.9, vit_lr=1e-3, abstractor_lr=3e-2)
+    optimizer = make_optimizer(model, recipe)
+    set_learning_rate(optimizer, learning_rate(10, recipe))  # the peak
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found["vit.post_norm.weight"] == pytest.approx(1e-3)
+    assert found["vit.blocks.0.norm1.weight"] == pytest.approx(1e-3 * 0.9**2)
+    assert found["abstractor.queries"] == pytest.approx(3e-2)
+    assert found["llama.norm.weight"] == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("targets, expected", [
+    (["attention"], {"q_proj", "k_proj.multiway.0", "k_proj.multiway.1", "v_proj.multiway.0", "v_proj.multiway.1", "o_proj"}),
+    (["visual"], {"q_proj", "v_proj.multiway.1"}),
+    (["visual", "down_proj"], {"q_proj", "v_proj.multiway.1", "down_proj"}),
+])  # fmt: skip
+def test_lora_targets(targets, expected):
+    model = Owl(tiny("owl2"))
+    train_stage2.choose_trained(model, 2, 4.0, 0.0, False, targets=targets)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert {name.split("_attn.")[-1].split("mlp.")[-1] for name in adapted} == expected
+    assert len(adapted) == len(expected) * model.config.llama.n_layer
+
+
 # ----------------------------------------------------------------------------------------------------
 # Real runs
 
@@ -393,6 +422,34 @@ def test_stage_2_of_owl1_trains_an_adapter_on_a_frozen_base(start, tmp_path, mix
         expected, actual, untrained = (model(batch.ids, batch.images, packed=packed)[0] for model in models)
     assert_close(actual, expected)
     assert (untrained - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_qlora(start, tmp_path, mixed, to):
+    """OUT is the quantized base with the adapter merged; the adapter is close to it on the original base; it resumes."""
+    base, out = start("owl2"), tmp_path / "out"
+    lora_flags = ("--lora-rank", 2, "--lora-targets", "visual", "--quantize", to, "--lora-dropout", 0)
+    flags = ("--weights", base, "--data", mixed, "--out", out, "--batch", 4, "--micro-batch", 2, *QUICK, *lora_flags)
+    run_stage("train_stage2", *flags, "--steps", 4, "--lr", 1e-2)
+    quantized = load_quantized(base, to=to)
+    before, after = weights_of(base), weights_of(out)
+    assert before.keys() == after.keys()
+    adapted = load_model(base)
+    load_lora(adapted, out / "adapter")
+    for name, module in list(quantized.llama.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            expected = module.dequantize()
+            twin = adapted.get_submodule(f"llama.{name}")
+            if isinstance(twin, LoRALinear):
+                expected = expected + twin.merged_weight() - twin.weight
+                assert (expected - module.dequantize()).abs().max() > 1e-3, name
+            assert_close(load_model(out).get_submodule(f"llama.{name}").weight, expected)
+    code, _, stderr = run_main(train_stage2.main, *flags, "--steps", 4, "--lr", 1e-2, "--resume", "--parallel", "fsdp")
+    assert code == 2 and "--parallel fsdp" in stderr
+    for wrong in (("--quantize", to), ("--lora-targets", "visual"), ("--lora-rank", 2, "--vit-lr", 1e-3)):
+        common = ("--weights", base, "--data", mixed, "--out", tmp_path / "wrong", *QUICK)
+        code, _, stderr = run_main(train_stage2.main, *common, *wrong)
+        assert code == 2 and wrong[-2] in stderr and "\n" not in stderr.strip()
 
 
 def test_train_abstractor_adds_the_abstractor_and_nothing_else(start, tmp_path, mixed):

@@ -20,6 +20,8 @@ import train_stage1
 import train_stage2
 from command import run, user_errors
 from data.conversations import collate
+from inference.qlora import quantize_base
+from inference.quantize import BITS, QuantizedLinear
 from model import Owl
 from tools import benchmark
 from train import clip_grad_norm, compute_loss
@@ -53,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     p = benchmark.make_parser("bench_train", __doc__, length=256)
     p.add_argument("--stage", type=int, choices=(1, 2), default=2)
     p.add_argument("--lora-rank", type=nonnegative_int, default=0, help="of stage 2; 0: no adapters (default)")
+    p.add_argument("--quantize", choices=BITS, help="QLoRA, with --lora-rank")
     p.add_argument("--freeze-vit", action="store_true")
     p.add_argument("--micro-batch", "--micro", type=positive_int, default=2, help="samples per device (default 2)")
     p.add_argument("--steps", type=positive_int, default=5, help="measured steps, after a warm-up step (default 5)")
@@ -73,12 +76,17 @@ def prepare_training(args: argparse.Namespace, dist: Dist) -> tuple[Owl, torch.o
         train_stage1.choose_trained(model, args.freeze_vit)
     else:
         train_stage2.choose_trained(model, args.lora_rank, 2.0 * args.lora_rank, 0.05, False, args.freeze_vit)
+    if args.quantize:
+        quantize_base(model.llama, BITS[args.quantize])
     prepare_blocks(model, dist, args.recompute, args.compile)
     fsdp = choose_fsdp(args.parallel, dist, lambda: state_bytes(model))
     if fsdp:
         shard(model, dist)
     model.to_empty(device=dist.device)
     benchmark.randomize(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.set_weight(torch.randn(module.out_features, module.in_features, device=dist.device) * 0.02)
     return model.train(), make_optimizer(model, recipe), fsdp
 
 
@@ -113,7 +121,8 @@ def measure_steps(args: argparse.Namespace, dist: Dist) -> str:
     mfu = f"{100 * flops / typical / (peak * dist.world_size):.1f} %" if peak else "-"
     memory = peak_memory(dist.device) / 1e9
     what = f"{args.preset} stage {args.stage}, {args.micro_batch} x ({args.length} + image)"
-    what += (f", LoRA {args.lora_rank}" if args.lora_rank else "") + (", ViT frozen" if args.freeze_vit else "")
+    what += (f", LoRA {args.lora_rank}" if args.lora_rank else "")
+    what += (f", {args.quantize}" if args.quantize else "") + (", ViT frozen" if args.freeze_vit else "")
     rates = f"{n_token / typical:>10,.0f}{n_image / typical:>10.1f}"
     return f"{what:<44}{1000 * typical:>9.0f}{rates}{mfu:>9}{memory:>7.1f} GB"
 
@@ -123,6 +132,8 @@ def main() -> None:
     with user_errors():
         if args.lora_rank > 0 and args.stage == 1:
             raise ValueError("--lora-rank is for --stage 2")
+        if args.quantize and args.lora_rank == 0:
+            raise ValueError("--quantize needs --lora-rank")
         dist = init_distributed(args.device, args.precision)
     if dist.is_main:
         benchmark.print_environment(dist)

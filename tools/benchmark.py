@@ -41,6 +41,8 @@ def print_environment(dist: Dist) -> None:
 def randomize(model: nn.Module) -> None:
     """Gives a model random weights that preserve the scale of activations (denormal numbers are slow on a CPU)."""
     for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():  # quantized: the caller's
+            continue
         if tensor.ndim > 1:
             tensor.normal_(std=tensor.shape[-1] ** -0.5)
         else:

@@ -60,6 +60,7 @@ def state_bytes(model: nn.Module) -> dict[str, float]:
         needed["weights"] += parameter.nbytes
         needed["gradients"] += parameter.nbytes * parameter.requires_grad
         needed["optimizer"] += 2 * parameter.nbytes * parameter.requires_grad
+    needed["weights"] += sum(buffer.nbytes for buffer in model.buffers())  # quantized weights
     return needed
 
 

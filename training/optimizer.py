@@ -23,11 +23,16 @@ def vit_depth(name: str, n_layer: int) -> int:
 
 
 def make_optimizer(model: Owl, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW for the trained parameters: norms and biases do not decay, lower ViT layers have lower rates."""
+    """AdamW for the trained parameters: norms and biases do not decay, lower ViT layers have lower rates.
+
+    A group's rate is that of `learning_rate` times lr_scale, from the warm-up to the end of the cosine.
+    """
+    part_lr = {"vit": recipe.vit_lr or recipe.lr, "abstractor": recipe.abstractor_lr or recipe.lr}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = recipe.vit_lr_decay ** vit_depth(name, model.config.vit.n_layer)
+            scale = part_lr.get(name.partition(".")[0], recipe.lr) / recipe.lr
+            scale *= recipe.vit_lr_decay ** vit_depth(name, model.config.vit.n_layer)
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
     optimizer = torch.optim.AdamW(

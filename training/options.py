@@ -63,6 +63,8 @@ class Recipe:
     max_length: int = setting(positive_int, "maximum tokens of a sample; turns beyond it are dropped")
     image_size: int = setting(integer(0, 4_096), "pixels; position embeddings are interpolated; 0: as in the weights")
     vit_lr_decay: float = setting(positive_float, "learning rate factor from one ViT layer to the one below", 1.0)
+    vit_lr: float | None = setting(positive_float, "peak learning rate of the vision encoder (default: --lr)", None)
+    abstractor_lr: float | None = setting(positive_float, "peak learning rate of the abstractor (default: --lr)", None)
     crop_scale: float = setting(fraction, "random crops of at least this share of the image, and flips; 0: off", 0.0)
 
 

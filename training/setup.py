@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora
 from data.check import check
@@ -84,6 +84,8 @@ def count_parameters(model: Owl) -> str:
     for name, part in [*model.named_children(), ("all", model)]:
         trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in part.parameters() if not p.requires_grad)
+        quantized = [m for m in part.modules() if isinstance(m, nn.Linear) and m.weight is None]  # inference/qlora.py
+        frozen += sum(m.in_features * m.out_features for m in quantized)
         lines.append(f"  {name:<12}{trained:>16,} trained{frozen:>16,} frozen")
     return "\n".join(lines)
 
@@ -203,12 +205,15 @@ def build_run(
     if args.check:
         sys.exit(1 if check(data) else 0)
     check_samples(data, model, dist)
+    for part, lr in (("vit", recipe.vit_lr), ("abstractor", recipe.abstractor_lr)):
+        if lr is not None and not any(p.requires_grad for p in model.get_submodule(part).parameters()):
+            raise ValueError(f"--{part}-lr: the {part} is not trained")
     if recipe.batch % (args.micro_batch * dist.world_size) != 0:
         sizes = f"{args.micro_batch} (--micro-batch) x {dist.world_size} processes"
         raise ValueError(f"--batch {recipe.batch} is not a multiple of {sizes}")
 
     # Blocks are compiled and checkpointed, and the model sharded, while it has no memory.
-    is_large = sum(p.numel() for p in model.parameters()) > LARGE
+    is_large = sum(x.numel() for x in model.state_dict().values()) > LARGE  # quantized weights are buffers
     prepare_blocks(model, dist, is_large if args.recompute is None else args.recompute, args.compile)
     run = TrainingRun(args, recipe, dist, False, model.train(), data, val_data)
     run.fsdp = choose_fsdp(args.parallel, dist, lambda: memory_per_device(run, largest_batch(run)))
