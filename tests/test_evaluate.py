@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import lora
 from conftest import GOLDEN, assert_close, make_config, make_owl
 from data.image import load_image, to_pixels
 from data.text import OWL1_SYSTEM, Tokenizer, render_conversation
@@ -30,6 +31,7 @@ from evaluation.owleval import count_ratings, rating_page
 from evaluation.question import Question
 from evaluation.runner import Runner, choose, encode_prompt
 from evaluation.scoring import is_exact_match
+from inference.adapter import save_lora
 from model import Owl
 from runs import in_processes, run_main
 from training.distributed import Dist
@@ -286,6 +288,35 @@ def test_loss_equals_cross_entropy_of_the_logits(data, weights):
     logits, _ = model(torch.tensor([ids]))
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(labels[1:]), ignore_index=-100)
     assert_close(float(printed), expected.item())
+
+
+@pytest.fixture
+def adapter(weights, tmp_path):
+    """A folder with an adapter that changes the answers, and the model with it merged."""
+    model = load_model(weights("owl2"))
+    lora.inject_lora(model.llama, ("q_proj", "v_proj"), rank=2, alpha=4)
+    torch.manual_seed(0)
+    for _, module in lora.lora_modules(model):
+        torch.nn.init.normal_(module.lora_B.weight)
+    save_lora(model, tmp_path / "adapter")
+    lora.merge_lora(model)
+    save_model(model, tmp_path / "merged")
+    shutil.copy(weights("owl2") / "tokenizer.model", tmp_path / "merged")
+    return tmp_path / "adapter"
+
+
+def test_adapter(data, task, easy, adapter):
+    """The loss is that of the merged model. A run does not continue with another adapter."""
+    flags = [*data([row(None, "One?", "Two.", "Three?", "Four.")]), "--loss"]
+    merged = float(main(*flags, "--weights", adapter.parent / "merged"))
+    assert_close(float(main(*flags, "--adapter", adapter)), merged)
+    assert abs(float(main(*flags)) - merged) > 0.01
+    flags = task(easy, adapter.parent / "run", "--adapter", adapter)
+    main(*flags)
+    main(*flags)
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text() + " ")
+    assert "adapter" in refused(*flags)
+    assert "adapter_config.json" in refused(*data([GOOD]), "--adapter", adapter.parent)
 
 
 BAD_ROWS = {
