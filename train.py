@@ -46,7 +46,7 @@ from training.distributed import Dist, all_reduce_sum, barrier
 from training.monitor import Monitor, SkippedSamples
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.parallel import autocast, full_tensor, gather_model_on_rank0, wrap_ddp
-from training.setup import TrainingRun, count_parameters, make_sampler
+from training.setup import TrainingRun, count_parameters, describe, make_sampler
 
 # --- loss and gradients ------------------------------------------------------------------------------
 
@@ -149,9 +149,8 @@ def train_and_save(run: TrainingRun, save_final: Callable[[Owl, Path], None]) ->
     monitor = Monitor(run, start)
     options = {"n_worker": args.workers, "pin_memory": is_cuda, "on_wait": monitor.on_wait}
     batches = load_batches(run.data, make_sampler(run, start), **options)
+    monitor.print_status(describe(run))
     monitor.print_status(count_parameters(run.model))
-    if recipe.warmup >= recipe.steps:
-        monitor.print_status(f"warning: the warm-up of {recipe.warmup} steps is longer than the run of {recipe.steps}")
 
     try:
         train_steps(run, optimizer, batches, monitor)

@@ -3,6 +3,7 @@
 Runs on several processes are in test_parallel.py, resumed runs in test_resume.py.
 """
 
+import argparse
 import errno
 import functools
 import importlib
@@ -42,7 +43,7 @@ from training import checkpoint, setup
 from training.checkpoint import HashingStream, training_state
 from training.monitor import Monitor
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.options import Recipe
+from training.options import Recipe, add_training_flags, default_image_size, make_recipe
 from training.presets import PRESETS, init_weights
 from weights import load_model, save_model
 
@@ -240,6 +241,55 @@ def test_learning_rate_warms_up_peaks_and_ends_at_the_minimum():
 
 # ----------------------------------------------------------------------------------------------------
 # What is trained
+
+
+@pytest.mark.parametrize(
+    "own, paper, is_new, expected",
+    [
+        (64, 448, False, 64),  # the embedded model stays as small as it is
+        (64, 224, False, 64),
+        (336, 448, False, 336),
+        (448, 224, False, 448),  # stage 1 from a model that has seen stage 2
+        (224, 448, False, 448),  # the papers' step from stage 1 to stage 2 of Owl2
+        (224, 224, False, 224),
+        (448, 224, True, 224),  # a new 7B begins with 224
+        (448, 448, True, 448),
+        (64, 224, True, 64),
+    ],
+)
+def test_the_default_image_size_is_the_models_own_or_the_papers(own, paper, is_new, expected):
+    assert default_image_size(own, paper, is_new) == expected
+
+
+def test_fine_tuning_keeps_the_image_size_and_says_what_it_does(start, tmp_path, mixed, capsys):
+    """12 rows in batches of 4: half an epoch is two steps, and the warm-up has the paper's share of them."""
+    flags = ("--weights", start("owl2"), "--data", mixed, "--batch", 4, "--micro-batch", 2, "--epochs", 0.5)
+    run_stage("train_stage2", *flags, "--out", tmp_path / "out")
+    assert load_model(tmp_path / "out").config.image_size == SIZE
+    assert [line["step"] for line in lines_of(tmp_path / "out")] == [2]
+    err = capsys.readouterr().err
+    assert f"images of {SIZE} pixels: 4 patches, 4 positions\n" in err
+    assert "batches of 4 samples: 2 micro-batches of 2\n2 steps, the first 0 of them warm-up\n" in err
+    assert "0.67 epochs of the 12 rows" in err and "warning" not in err and "training:" not in err
+
+
+def test_more_than_20_epochs_are_reported(start, tmp_path, mixed, capsys):
+    flags = ("--weights", start("owl2"), "--data", mixed, "--batch", 12, "--micro-batch", 12, *QUICK)
+    for n_epoch, warned in ((20, False), (21, True)):
+        run_stage("train_stage2", *flags, "--out", tmp_path / str(n_epoch), "--epochs", n_epoch)
+        assert ("21 passes over" in capsys.readouterr().err) == warned
+
+
+def test_the_warm_up_keeps_its_share_of_the_steps():
+    def recipe_of(*flags: str) -> Recipe:
+        parser = argparse.ArgumentParser()
+        add_training_flags(parser)
+        return make_recipe(parser.parse_args(flags), train_stage2.RECIPES["owl2"], 448)
+
+    recipe = recipe_of("--steps", "96")
+    assert (recipe.steps, recipe.warmup) == (96, 5)  # 250 of 4,800
+    assert recipe_of("--steps", "96", "--warmup", "250").warmup == 250
+    assert recipe_of() == train_stage2.RECIPES["owl2"]
 
 
 def trained_names(model: Owl) -> set[str]:
@@ -936,6 +986,8 @@ MISTAKES = {  # stages: mistakes, and a word of the message if it is not the fla
         ("--device", "banana"),
         ("--out", "TMP/broken.json", "broken.json"),
         ("--steps", "0"),
+        ("--epochs", "0"),
+        ("--epochs", "1e12"),
         ("--device", "", "device"),
     ],
     ALL[1:]: [
@@ -972,6 +1024,7 @@ MISTAKES = {  # stages: mistakes, and a word of the message if it is not the fla
         ("--lora-rank", "1000000000"),
         ("--image-size", "800000"),
         ("--workers", "1000000000"),
+        ("--epochs", "1", "--steps", "2", "--epochs"),  # not both
         ("--seed", "9" * 30),
         ("--log-every", "9" * 5000),
     ],

@@ -56,7 +56,9 @@ class Monitor:
         self.n_signals = 0  # over all ranks
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         steps = run.recipe.steps
-        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=not self.dist.is_main)
+        # None: no bar unless standard error is a terminal, so that a log file has whole lines only.
+        disable = None if self.dist.is_main else True
+        self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=disable)
 
     def on_signal(self, number: int, frame: object) -> None:
         self.signal_time = self.signal_time if self.signals else time.monotonic()

@@ -1,6 +1,8 @@
 """Command-line flags that the training stages share, and Recipe: the hyperparameters of a stage.
 
-The flags of a recipe are generated from the fields of Recipe. A flag that is not given keeps the paper's number.
+The flags of a recipe are generated from the fields of Recipe. A flag that is not given keeps the paper's number, with
+two exceptions: the image size is the model's own (default_image_size), and the warm-up is the paper's share of the
+steps (set_steps).
 """
 
 import argparse
@@ -14,6 +16,8 @@ from training.distributed import PRECISIONS
 from training.presets import PRESETS
 
 MIN_SAMPLES = 100  # --max-skipped applies from this number of samples on
+MAX_STEPS = 99_999_999  # a checkpoint's name has eight digits of its step
+STAGE_1_SIZE = 224  # pixels of the images of stage 1 in both papers
 
 
 def number(kind: type, is_valid: Callable[[float], bool], rule: str) -> Callable[[str], Any]:
@@ -29,8 +33,8 @@ def number(kind: type, is_valid: Callable[[float], bool], rule: str) -> Callable
     return parse
 
 
-def integer(low: int, high: int = 99_999_999) -> Callable[[str], int]:
-    """An argparse type for integers from low to high; a checkpoint's name has eight digits of its step."""
+def integer(low: int, high: int = MAX_STEPS) -> Callable[[str], int]:
+    """An argparse type for integers from low to high."""
     return number(int, lambda x: low <= x <= high, f"from {low:,} to {high:,}")
 
 
@@ -52,7 +56,9 @@ class Recipe:
     """Hyperparameters of a stage. A step is one optimizer step; lengths are in tokens; rates are AdamW's."""
 
     steps: int = setting(positive_int)
-    warmup: int = setting(nonnegative_int, "linear warm-up of the learning rate", metavar="STEPS")
+    warmup: int = setting(
+        nonnegative_int, "linear warm-up of the learning rate (default: the paper's share of the steps)", metavar="STEPS"
+    )
     batch: int = setting(integer(1, 1_000_000), "samples per step, over all devices")
     lr: float = setting(positive_float, "peak learning rate")
     min_lr: float = setting(nonnegative_float, "learning rate of the last step, at the end of a cosine")
@@ -61,19 +67,42 @@ class Recipe:
     weight_decay: float = setting(nonnegative_float, "of AdamW; norms and biases have none")
     grad_clip: float = setting(positive_float, "maximum norm of the gradient")
     max_length: int = setting(positive_int, "maximum tokens of a sample; turns beyond it are dropped")
-    image_size: int = setting(integer(0, 4_096), "pixels; position embeddings are interpolated; 0: as in the weights")
+    image_size: int = setting(
+        integer(0, 4_096),
+        "pixels; position embeddings are interpolated (default, and 0: as in the weights; but Owl2's stage 2 goes from "
+        "224 to 448)",
+    )
     vit_lr_decay: float = setting(positive_float, "learning rate factor from one ViT layer to the one below", 1.0)
     vit_lr: float | None = setting(positive_float, "peak learning rate of the vision encoder (default: --lr)", None)
     abstractor_lr: float | None = setting(positive_float, "peak learning rate of the abstractor (default: --lr)", None)
     crop_scale: float = setting(fraction, "random crops of at least this share of the image, and flips; 0: off", 0.0)
 
 
-def make_recipe(args: argparse.Namespace, paper: Recipe) -> Recipe:
-    """The paper's recipe with the hyperparameters that the command line gives."""
+def make_recipe(args: argparse.Namespace, paper: Recipe, image_size: int) -> Recipe:
+    """The paper's recipe with the hyperparameters that the command line gives. image_size: the model's own."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
-    return replace(paper, **given)
+    steps = given.pop("steps", paper.steps)
+    default = {"image_size": default_image_size(image_size, paper.image_size, is_new=args.weights is None)}
+    return set_steps(args, replace(paper, **default | given), steps)
+
+
+def default_image_size(own: int, paper: int, is_new: bool) -> int:
+    """The image size of a run without --image-size: the model's own, except for the papers' two sizes.
+
+    A new model (--preset) begins stage 1 with the paper's 224 pixels, unless its own size is smaller. From weights of
+    224 pixels, stage 2 of Owl2 goes to the paper's 448.
+    """
+    if is_new:
+        return min(own, paper)
+    return max(own, paper) if own == STAGE_1_SIZE else own
+
+
+def set_steps(args: argparse.Namespace, recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another number of steps. Without --warmup, the warm-up keeps its share of them."""
+    warmup = recipe.warmup if args.warmup is not None else round(recipe.warmup * steps / recipe.steps)
+    return replace(recipe, steps=steps, warmup=warmup)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +110,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_data_flags(parser)
     add_run_flags(parser)
     group = parser.add_argument_group("recipe (default: the paper's numbers for this model and stage)")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--epochs", type=positive_float, metavar="N", help="passes over the data, instead of --steps")
     for f in fields(Recipe):
-        group.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata)
+        target = either if f.name == "steps" else group
+        target.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ All user errors are found here, before anything slow begins. --check and --dry-r
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import lora
 from data.check import check
 from data.conversations import Batch, Conversations, SampleSpec, Skipped, collate
-from data.mix import BatchSampler, Mixture, parse_mix
+from data.mix import BLOCK, BatchSampler, Mixture, parse_mix
 from data.text import Tokenizer
 from common.device import device_memory
 from common.files import printable
@@ -29,16 +30,18 @@ from model import Owl, OwlConfig
 from training import checkpoint
 from training.distributed import Dist, barrier
 from training.memory import activation_bytes, state_bytes
-from training.options import Recipe, make_recipe
+from training.options import MAX_STEPS, Recipe, make_recipe, set_steps
 from training.parallel import LARGE, USABLE, autocast, blocks, choose_fsdp
 from training.parallel import materialize, prepare_blocks, shard, shard_group_size
 from training.presets import PRESETS, init_weights
 from training.pretrained import resize_position_embeddings
 from weights import TOKENIZER_FILES, WEIGHT_FILES, hf_tensors, read_config
 
+MAX_EPOCHS = 20  # passes over a source, above which a run warns
+
 # Flags that may differ when a run resumes: they do not change its result, except for rounding.
 NOT_COMPARED = ("out", "resume", "check", "dry_run", "val", "log_every", "val_every", "save_every", "keep")
-NOT_COMPARED += ("max_skipped", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
+NOT_COMPARED += ("max_skipped", "epochs", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
 NOT_COMPARED += ("data", "mix", "image_root")  # paths: the content is compared instead, by its fingerprint
 
 
@@ -90,6 +93,28 @@ def count_parameters(model: Owl) -> str:
     return "\n".join(lines)
 
 
+def describe(run: TrainingRun) -> str:
+    """The sizes that decide what a run does and how long it takes, and warnings if they look like a mistake."""
+    recipe, config = run.recipe, run.model.config
+    micro_batches = f"{run.accumulation_steps} micro-batches of {run.args.micro_batch}"
+    devices = f" on each of {run.dist.world_size} devices" if run.dist.world_size > 1 else ""
+    lines = [
+        f"images of {config.image_size} pixels: {config.vit.n_token - 1:,} patches, {config.n_visual_tokens} positions",
+        f"samples of at most {recipe.max_length:,} positions, batches of {recipe.batch:,} samples: {micro_batches}{devices}",
+        f"{recipe.steps:,} steps, the first {recipe.warmup:,} of them warm-up",
+    ]
+    warnings = []
+    for source, n_slot in zip(run.data.sources, run.data.n_slot):
+        n_epoch = recipe.steps * recipe.batch * n_slot / BLOCK / len(source)
+        rounded = f"{n_epoch:.2g}" if n_epoch < 10 else f"{n_epoch:,.0f}"
+        lines.append(f"{rounded} epochs of the {len(source):,} rows of {printable(source.path)}")
+        if n_epoch > MAX_EPOCHS:
+            warnings.append(f"warning: {n_epoch:,.0f} passes over {printable(source.path)}: give fewer with --epochs")
+    if recipe.warmup >= recipe.steps:
+        warnings.append(f"warning: the warm-up of {recipe.warmup} steps is longer than the run of {recipe.steps}")
+    return "\n".join(lines + warnings)
+
+
 # --- the model ---------------------------------------------------------------------------------------
 
 
@@ -102,8 +127,8 @@ def build_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Ow
     if sys.platform == "win32":
         raise ValueError("training needs Linux or macOS")
     if args.weights:
-        tokenizer = Tokenizer(args.tokenizer or args.weights)
         config = read_config(args.weights)
+        tokenizer = Tokenizer(args.tokenizer or args.weights)
     elif args.preset and args.tokenizer:
         tokenizer = Tokenizer(args.tokenizer)
         config = PRESETS[args.preset]()
@@ -112,7 +137,7 @@ def build_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Ow
         raise ValueError("give --weights FOLDER, or --preset NAME and --tokenizer PATH to start from random weights")
     if tokenizer.vocab_size > config.llama.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.llama.vocab_size}")
-    recipe = make_recipe(args, papers[config.variant])
+    recipe = make_recipe(args, papers[config.variant], config.image_size)
     config.resize(recipe.image_size or config.image_size)
     config.llama.eos_id = tokenizer.eos_id
     with torch.device("meta"):
@@ -148,6 +173,14 @@ def build_data(
     parts = [parse_mix(text) for text in args.mix] if args.mix else [(args.data, 1.0)]
     data = Mixture([open_source(path, recipe.crop_scale) for path, _ in parts], [weight for _, weight in parts])
     return data, open_source(args.val, 0.0) if args.val else None
+
+
+def steps_of_epochs(n_epoch: float, batch: int, data: Mixture) -> int:
+    """Steps of n_epoch passes over the data. One pass over a mixture takes as many samples as its sources have rows."""
+    steps = math.ceil(n_epoch * sum(map(len, data.sources)) / batch)
+    if steps > MAX_STEPS:
+        raise ValueError(f"--epochs {n_epoch:g} are {steps:,} steps, more than {MAX_STEPS:,}")
+    return steps
 
 
 def make_sampler(run: TrainingRun, first_step: int = 0) -> BatchSampler:
@@ -202,6 +235,8 @@ def build_run(
     data, val_data = build_data(args, recipe, model.config, tokenizer)
     if dist.is_main:
         barrier(dist)
+    if args.epochs is not None:
+        recipe = set_steps(args, recipe, steps_of_epochs(args.epochs, recipe.batch, data))
     if args.check:
         sys.exit(1 if check(data) else 0)
     check_samples(data, model, dist)
