@@ -19,10 +19,15 @@ a run that stopped with --resume.
 
 from command import ArgumentParser, run, user_errors
 
+import argparse
+import sys
+
+from data.text import Tokenizer
 from model import Owl
 from train import train
 from training.distributed import init_distributed
 from training.options import Recipe, add_training_flags
+from training.plan import dry_run
 from training.pretrained import pretrained_tensors
 from training.setup import build_model, build_run, initial_tensors
 from weights import save_model
@@ -68,6 +73,13 @@ def choose_trained(model: Owl, freeze_vit: bool = False) -> None:
         parameter.requires_grad_(".multiway.1." in name)
 
 
+def build(args: argparse.Namespace) -> tuple[Owl, Tokenizer, Recipe]:
+    """build_model, and freezes what the stage does not train."""
+    model, tokenizer, recipe = build_model(args, RECIPES)
+    choose_trained(model, args.freeze_vit)
+    return model, tokenizer, recipe
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add_training_flags(parser)
@@ -81,8 +93,9 @@ def main() -> None:
         if (args.clip or args.llama) and not (args.preset and args.clip and args.llama and not args.weights):
             raise ValueError("--clip, --llama and --preset go together, and without --weights")
         args.tokenizer = args.tokenizer or args.llama
-        model, tokenizer, recipe = build_model(args, RECIPES)
-        choose_trained(model, args.freeze_vit)
+        if args.dry_run is not None:
+            sys.exit(dry_run(parser, args, dist, build))
+        model, tokenizer, recipe = build(args)
         if args.clip:
             tensors = pretrained_tensors(model.config, args.clip, args.llama)
         else:

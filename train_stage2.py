@@ -25,10 +25,16 @@ Check the data with --check, what is trained and whether it fits with --dry-run;
 
 from command import ArgumentParser, run, user_errors
 
+import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+
 import lora
+from data.text import Tokenizer
 from inference import adapter
 from inference.qlora import dequantize_base, quantize_base, quantized_tensors
 from inference.quantize import BITS
@@ -36,6 +42,7 @@ from model import Owl
 from train import train
 from training.distributed import init_distributed
 from training.options import Recipe, add_training_flags, fraction_below_1, integer, positive_float
+from training.plan import dry_run
 from training.setup import build_model, build_run, initial_tensors
 from weights import save_model
 
@@ -101,6 +108,35 @@ def choose_trained(
         model.abstractor.requires_grad_(train_abstractor)
 
 
+def build(args: argparse.Namespace) -> tuple[Owl, Tokenizer, Recipe]:
+    """build_model, adds the adapters, and freezes what the stage does not train."""
+    model, tokenizer, recipe = build_model(args, RECIPES)
+    rank = LORA_RANK[model.config.variant] if args.lora_rank is None else args.lora_rank
+    if rank == 0 and (args.quantize or args.lora_targets):
+        raise ValueError("--quantize and --lora-targets are for LoRA: give --lora-rank")
+    settings = (rank, args.lora_alpha, args.lora_dropout, args.train_abstractor, args.freeze_vit)
+    choose_trained(model, *settings, args.lora_targets)
+    if args.quantize:
+        if args.parallel == "fsdp":
+            raise ValueError("--parallel fsdp does not shard quantized weights: leave out one of them")
+        args.parallel = "ddp"
+        quantize_base(model.llama, BITS[args.quantize])
+    return model, tokenizer, recipe
+
+
+def save_final(model: Owl, out: Path, base: str | None, dtype: torch.dtype) -> None:
+    """Saves the model and, if it has one, the adapter alone.
+
+    base: the model folder that training started from. dtype: of a base that was quantized.
+    """
+    if any(lora.lora_modules(model)):
+        adapter.save_non_lora(model, out / "adapter")
+        adapter.save_lora(model, out / "adapter", base)
+        dequantize_base(model.llama, dtype)  # changes nothing without --quantize
+        lora.merge_lora(model)
+    save_model(model, out)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add_training_flags(parser)
@@ -116,30 +152,14 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         dist = init_distributed(args.device, args.precision)
-        model, tokenizer, recipe = build_model(args, RECIPES)
-        rank = LORA_RANK[model.config.variant] if args.lora_rank is None else args.lora_rank
-        if rank == 0 and (args.quantize or args.lora_targets):
-            raise ValueError("--quantize and --lora-targets are for LoRA: give --lora-rank")
-        settings = (rank, args.lora_alpha, args.lora_dropout, args.train_abstractor, args.freeze_vit)
-        choose_trained(model, *settings, args.lora_targets)
+        if args.dry_run is not None:
+            sys.exit(dry_run(parser, args, dist, build))
+        model, tokenizer, recipe = build(args)
         tensors = initial_tensors(args, model.config)
         if args.quantize:
-            if args.parallel == "fsdp":
-                raise ValueError("--parallel fsdp does not shard quantized weights: leave out one of them")
-            args.parallel = "ddp"
-            quantize_base(model.llama, BITS[args.quantize])
             tensors = quantized_tensors(tensors, model, dist.device)
         training_run = build_run(args, dist, model, tokenizer=tokenizer, recipe=recipe, tensors=tensors)
-
-    def save_final(model: Owl, out: Path) -> None:
-        if rank > 0:
-            adapter.save_non_lora(model, out / "adapter")
-            adapter.save_lora(model, out / "adapter", args.weights)
-            dequantize_base(model.llama, dist.dtype)  # changes nothing without --quantize
-            lora.merge_lora(model)
-        save_model(model, out)
-
-    train(training_run, save_final)
+    train(training_run, partial(save_final, base=args.weights, dtype=dist.dtype))
 
 
 if __name__ == "__main__":

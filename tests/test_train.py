@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,11 +40,11 @@ from llama import PackedSequences
 from lora import LoRALinear
 from model import IGNORE_INDEX, Owl
 from runs import run_main
-from training import checkpoint, setup
+from training import checkpoint, plan
 from training.checkpoint import HashingStream, training_state
 from training.monitor import Monitor
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.options import Recipe, add_training_flags, default_image_size, make_recipe
+from training.options import Recipe, add_training_flags, command_line, default_image_size, make_recipe
 from training.presets import PRESETS, init_weights
 from weights import load_model, save_model
 
@@ -865,7 +866,7 @@ def test_dry_run_adds_up_what_is_trained_and_what_is_not(mixed, capsys, monkeypa
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
-    monkeypatch.setattr(setup, "device_memory", lambda device: 10**9)
+    monkeypatch.setattr(plan, "device_memory", lambda device: 10**9)
     code, out, gigabytes = dry_run(capsys, "train_stage1", *flags)
     assert code == 0 and "of 1.00 GB: it should fit" in out
     assert [f"{n_trained:,}", f"{n_frozen:,}"] in [line.split()[1::2] for line in out.splitlines()]
@@ -875,20 +876,63 @@ def test_dry_run_adds_up_what_is_trained_and_what_is_not(mixed, capsys, monkeypa
         assert gigabytes[kind] == pytest.approx(n / 1e9, abs=0.005), kind
     total = gigabytes.pop("all")
     assert total == pytest.approx(sum(gigabytes.values()), abs=0.02)
-    monkeypatch.setattr(setup, "device_memory", lambda device: 10**8)
+    monkeypatch.setattr(plan, "device_memory", lambda device: 10**8)
     code, out, _ = dry_run(capsys, "train_stage1", *flags)
     assert code == 1 and "of 0.10 GB: it does not fit" in out
 
 
 def test_dry_run_divides_a_sharded_model_by_the_devices_of_a_node(mixed, capsys):
     preset = ("--preset", "mid-owl2", "--tokenizer", GOLDEN / "text", "--image-size", 56, "--data", mixed)
-    flags = (*preset, "--batch", 4, "--micro-batch", 2, "--parallel", "fsdp")
+    flags = (*preset, "--batch", 16, "--micro-batch", 2, "--parallel", "fsdp")
     one = dry_run(capsys, "train_stage2", *flags, "--dry-run")[2]
     eight = dry_run(capsys, "train_stage2", *flags, "--dry-run", 8)[2]
     assert list(eight) == ["weights", "gradients", "optimizer", "gathered", "activations", "all"]
     for kind in ("weights", "gradients", "optimizer"):
         assert eight[kind] == pytest.approx(one[kind] / 8, abs=0.01) and eight[kind] > 0
     assert eight["gathered"] == one["gathered"] > 0 and eight["activations"] == one["activations"]
+
+
+def test_dry_run_prints_a_command_that_gives_the_same_settings(mixed):
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser)
+    flags = ["--data", str(mixed), "--epochs", "3.0", "--no-recompute", "--betas", "0.5", "0.9", "--seed", "-1"]
+    flags += ["--merge-images", "--mix", "a b.json:2", "c.json"]
+    args = parser.parse_args([*flags, "--dry-run", "8", "--memory", "24"])
+    words = command_line(parser, args)
+    assert sorted(words) == sorted(flags)
+    assert vars(parser.parse_args(words)) | {"dry_run": 8, "memory": 24.0} == vars(args)
+
+
+def test_dry_run_proposes_the_first_settings_that_fit(mixed, capsys):
+    """For a card of any size, in bf16; its command fits as it stands."""
+    preset = ("--preset", "mid-owl2", "--tokenizer", GOLDEN / "text", "--image-size", 56, "--data", mixed)
+    flags = (*preset, "--batch", 16, "--micro-batch", 8, "--epochs", 3, "--dry-run")
+    for memory, expected in (
+        (9.0, None),
+        (0.62, "--lora-rank"),
+        (1e-3, "none"),
+    ):
+        code, out, _ = dry_run(capsys, "train_stage2", *flags, "--memory", memory)
+        assert code == (expected is not None)
+        if expected == "none":
+            assert "none of these fits" in out and "start it" not in out
+            continue
+        assert "3 steps" in out and "tokens and" in out and "checkpoints of" in out and "hours" not in out
+        command = shlex.split(out.splitlines()[-1])
+        assert command[:2] == ["python", "train_stage2.py"] and "--epochs" in command
+        if expected:
+            assert expected in command and "--micro-batch 1" in out
+            flags_of = [word for word in command[2:]]
+            code, out, _ = dry_run(capsys, "train_stage2", *flags_of, "--dry-run", "--memory", memory)
+            assert code == 0 and out.splitlines()[-1].split() == command
+
+
+def test_dry_run_names_the_hours_only_of_a_known_device(mixed, capsys, monkeypatch):
+    flags = ("--preset", "mid-owl2", "--tokenizer", GOLDEN / "text", "--image-size", 56, "--data", mixed)
+    flags = (*flags, "--batch", 4, "--micro-batch", 2, "--dry-run")
+    monkeypatch.setattr(plan, "peak_flops", lambda device: 1e12)
+    assert " hours" in dry_run(capsys, "train_stage1", *flags)[1]
+    assert " hours" not in dry_run(capsys, "train_stage1", *flags, "--memory", 24)[1]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1018,6 +1062,8 @@ MISTAKES = {  # stages: mistakes, and a word of the message if it is not the fla
         ("--steps", "many"),
         ("--no-such-flag", "1"),
         ("--dry-run", "-3"),
+        ("--memory", "0"),
+        ("--memory", "24"),  # without --dry-run
         ("--micro-batch", "1000000000"),
         ("--batch", "1000000000"),
         ("--steps", "100000000"),  # a checkpoint's name has eight digits

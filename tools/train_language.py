@@ -14,11 +14,16 @@ from command import ArgumentParser, run, user_errors
 
 from pathlib import Path
 
+import argparse
+import sys
+
+from data.text import Tokenizer
 from llama import AdaptiveLinear, AdaptiveRMSNorm
 from model import Owl
 from train import train
 from training.distributed import init_distributed
 from training.options import Recipe, add_training_flags
+from training.plan import dry_run
 from training.setup import build_model, build_run, initial_tensors
 from weights import save_model
 
@@ -45,6 +50,13 @@ def choose_trained(model: Owl) -> None:
         parameter.requires_grad_(".multiway.1." not in name)
 
 
+def build(args: argparse.Namespace) -> tuple[Owl, Tokenizer, Recipe]:
+    """build_model, and freezes all but the language model."""
+    model, tokenizer, recipe = build_model(args, {"owl1": RECIPE, "owl2": RECIPE})
+    choose_trained(model)
+    return model, tokenizer, recipe
+
+
 def save_final(model: Owl, out: Path) -> None:
     """Copies the text half of the modality-adaptive module to the visual half, and saves the model."""
     for module in model.modules():
@@ -62,8 +74,9 @@ def main() -> None:
         if args.weights or not (args.preset or "").startswith("tiny"):
             raise ValueError("this is for the tiny presets, from random weights: give --preset and --tokenizer")
         dist = init_distributed(args.device, args.precision)
-        model, tokenizer, recipe = build_model(args, {"owl1": RECIPE, "owl2": RECIPE})
-        choose_trained(model)
+        if args.dry_run is not None:
+            sys.exit(dry_run(parser, args, dist, build))
+        model, tokenizer, recipe = build(args)
         tensors = initial_tensors(args, model.config)
         training_run = build_run(args, dist, model, tokenizer=tokenizer, recipe=recipe, tensors=tensors)
     train(training_run, save_final)

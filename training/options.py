@@ -172,7 +172,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=0,
         metavar="DEVICES",
-        help="print what is trained and the memory per device, and exit; DEVICES: per node, if not those of this run",
+        help="plan the run (what is trained, memory, length, command), and exit; DEVICES: per node, if not this run's",
+    )
+    add(
+        "--memory",
+        type=positive_float,
+        metavar="GB",
+        help="with --dry-run: plan for cards of this size, in bf16, instead of for this machine",
     )
 
     add = parser.add_argument_group("devices").add_argument
@@ -189,3 +195,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="activation checkpointing: less memory, a third more compute (default: for models of over a billion)",
     )
     add("--compile", action="store_true", help="torch.compile each block: faster after a slow start")
+
+
+def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The words of a command line that gives these values, without defaults and without the flags of a dry run."""
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or action.dest in ("dry_run", "memory"):
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        words.append(action.option_strings[-1 if value is False else 0])  # --no-recompute is the last
+        words += [str(x) for x in values if not isinstance(x, bool)]
+    return words

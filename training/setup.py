@@ -4,7 +4,7 @@
               | the stage selects what is trained
           --build_run----> data opened, checkpoint found, model sharded if asked and given its first weights
 
-All user errors are found here, before anything slow begins. --check and --dry-run exit from here.
+All user errors are found here, before anything slow begins. --check exits from here; training/plan.py has --dry-run.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,14 +24,13 @@ from data.check import check
 from data.conversations import Batch, Conversations, SampleSpec, Skipped, collate
 from data.mix import BLOCK, BatchSampler, Mixture, parse_mix
 from data.text import Tokenizer
-from common.device import device_memory
 from common.files import printable
 from model import Owl, OwlConfig
 from training import checkpoint
 from training.distributed import Dist, barrier
 from training.memory import activation_bytes, state_bytes
 from training.options import MAX_STEPS, Recipe, make_recipe, set_steps
-from training.parallel import LARGE, USABLE, autocast, blocks, choose_fsdp
+from training.parallel import LARGE, autocast, blocks, choose_fsdp
 from training.parallel import materialize, prepare_blocks, shard, shard_group_size
 from training.presets import PRESETS, init_weights
 from training.pretrained import resize_position_embeddings
@@ -40,7 +39,7 @@ from weights import TOKENIZER_FILES, WEIGHT_FILES, hf_tensors, read_config
 MAX_EPOCHS = 20  # passes over a source, above which a run warns
 
 # Flags that may differ when a run resumes: they do not change its result, except for rounding.
-NOT_COMPARED = ("out", "resume", "check", "dry_run", "val", "log_every", "val_every", "save_every", "keep")
+NOT_COMPARED = ("out", "resume", "check", "dry_run", "memory", "val", "log_every", "val_every", "save_every", "keep")
 NOT_COMPARED += ("max_skipped", "epochs", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
 NOT_COMPARED += ("data", "mix", "image_root")  # paths: the content is compared instead, by its fingerprint
 
@@ -109,7 +108,8 @@ def describe(run: TrainingRun) -> str:
         rounded = f"{n_epoch:.2g}" if n_epoch < 10 else f"{n_epoch:,.0f}"
         lines.append(f"{rounded} epochs of the {len(source):,} rows of {printable(source.path)}")
         if n_epoch > MAX_EPOCHS:
-            warnings.append(f"warning: {n_epoch:,.0f} passes over {printable(source.path)}: give fewer with --epochs")
+            advice = "a smaller --batch" if recipe.batch > len(source) else "fewer --epochs or --steps"
+            warnings.append(f"warning: {n_epoch:,.0f} passes over {printable(source.path)}: give {advice}")
     if recipe.warmup >= recipe.steps:
         warnings.append(f"warning: the warm-up of {recipe.warmup} steps is longer than the run of {recipe.steps}")
     return "\n".join(lines + warnings)
@@ -228,8 +228,29 @@ def build_run(
     model: from build_model, after the stage has frozen what it does not train. tensors: the first weights, by name.
     Raises ValueError or OSError for settings or files that cannot be used.
     """
-    if not args.check and args.dry_run is None:
+    if args.memory is not None:
+        raise ValueError("--memory is for --dry-run")
+    if not args.check:
         check_out(args)
+    run = open_run(args, dist, model, tokenizer=tokenizer, recipe=recipe)
+    check_batch(run)
+
+    # Blocks are compiled and checkpointed, and the model sharded, while it has no memory.
+    prepare_model(run)
+    run.fsdp = choose_fsdp(args.parallel, dist, lambda: memory_per_device(run, largest_batch(run)))
+    run.checkpoint = find_checkpoint(run)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if run.fsdp:
+        shard(model, dist)
+    torch.manual_seed(args.seed)
+    materialize(model, chain(tensors, lora.init_lora(model)), dist.device)
+    return run
+
+
+def open_run(
+    args: argparse.Namespace, dist: Dist, model: Owl, *, tokenizer: Tokenizer, recipe: Recipe
+) -> TrainingRun:
+    """Opens and checks the data of a run, whose model is still without memory. Exits after --check."""
     if not dist.is_main:
         barrier(dist)  # waits for rank 0, which may have to index the data
     data, val_data = build_data(args, recipe, model.config, tokenizer)
@@ -243,24 +264,27 @@ def build_run(
     for part, lr in (("vit", recipe.vit_lr), ("abstractor", recipe.abstractor_lr)):
         if lr is not None and not any(p.requires_grad for p in model.get_submodule(part).parameters()):
             raise ValueError(f"--{part}-lr: the {part} is not trained")
-    if recipe.batch % (args.micro_batch * dist.world_size) != 0:
-        sizes = f"{args.micro_batch} (--micro-batch) x {dist.world_size} processes"
-        raise ValueError(f"--batch {recipe.batch} is not a multiple of {sizes}")
+    return TrainingRun(args, recipe, dist, False, model.train(), data, val_data)
 
-    # Blocks are compiled and checkpointed, and the model sharded, while it has no memory.
-    is_large = sum(x.numel() for x in model.state_dict().values()) > LARGE  # quantized weights are buffers
-    prepare_blocks(model, dist, is_large if args.recompute is None else args.recompute, args.compile)
-    run = TrainingRun(args, recipe, dist, False, model.train(), data, val_data)
-    run.fsdp = choose_fsdp(args.parallel, dist, lambda: memory_per_device(run, largest_batch(run)))
-    if args.dry_run is not None:
-        sys.exit(dry_run(run))
-    run.checkpoint = find_checkpoint(run)
-    run.out.mkdir(parents=True, exist_ok=True)
-    if run.fsdp:
-        shard(model, dist)
-    torch.manual_seed(args.seed)
-    materialize(model, chain(tensors, lora.init_lora(model)), dist.device)
-    return run
+
+def check_batch(run: TrainingRun) -> None:
+    """Raises ValueError if a batch cannot be divided into micro-batches on all devices."""
+    n, micro_batch = run.dist.world_size, run.args.micro_batch
+    if run.recipe.batch % (micro_batch * n) != 0:
+        sizes = f"{micro_batch} (--micro-batch) x {n} processes"
+        raise ValueError(f"--batch {run.recipe.batch} is not a multiple of {sizes}")
+
+
+def keeps_activations(run: TrainingRun) -> bool:
+    """Whether the backward pass finds all activations in memory, instead of recomputing those of each block."""
+    if run.args.recompute is not None:
+        return not run.args.recompute
+    return sum(x.numel() for x in run.model.state_dict().values()) <= LARGE  # quantized weights are buffers
+
+
+def prepare_model(run: TrainingRun) -> None:
+    """Prepares the blocks of a model on the meta device."""
+    prepare_blocks(run.model, run.dist, not keeps_activations(run), run.args.compile)
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -313,29 +337,12 @@ def find_checkpoint(run: TrainingRun) -> tuple[Path, dict] | None:
     return found
 
 
-def dry_run(run: TrainingRun) -> int:
-    """Prints what is trained and the memory that each device needs. Returns 0 if it fits, 1 if it does not."""
-    dist = run.dist
-    largest = largest_batch(run)
-    needed = memory_per_device(run, largest)
-    available = device_memory(dist.device)
-    total = sum(needed.values())
-    fits = total < USABLE * available
-    if dist.is_main:
-        print(count_parameters(run.model))
-        n_tokens = largest.ids.shape[1]
-        print(f"memory per device, for {largest.n_sample} samples of {n_tokens} tokens with {largest.n_image} images:")
-        for kind, n in needed.items():
-            print(f"  {kind:<12}{n / 1e9:>10.2f} GB")
-        verdict = "it should fit" if fits else "it does not fit"
-        print(f"  {'all':<12}{total / 1e9:>10.2f} GB of {available / 1e9:.2f} GB: {verdict}")
-    return 0 if fits else 1
-
-
 def largest_batch(run: TrainingRun) -> Batch:
-    """The largest of the first micro-batches of this rank."""
-    batches = [collate([run.data[key] for key in keys]) for keys in islice(make_sampler(run), 4)]
-    return max(batches, key=lambda batch: (batch.n_image, batch.n_token))  # a step's largest come first
+    """The largest micro-batch of the first steps."""
+    sampler = make_sampler(run)
+    first = [sampler.micro_batches(step)[0] for step in range(4)]  # the largest of a step comes first
+    batches = [collate([run.data[key] for key in keys]) for keys in first]
+    return max(batches, key=lambda batch: (batch.n_image, batch.n_token))
 
 
 def memory_per_device(run: TrainingRun, largest: Batch) -> dict[str, float]:
