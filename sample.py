@@ -140,12 +140,21 @@ def build_session(args: argparse.Namespace) -> ChatSession:
     from inference.fast_decode import FastDecoder
     from inference.loading import load_for_inference
     from inference.quantize import bits_of, why_slow
+    from lora import merge_lora
+    from training.restore import is_checkpoint, restore_model
     from weights import read_config
 
     # Check the inputs first: loading the weights can take minutes.
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    folder = args.weights or TINY_FOLDER
-    config, tokenizer = read_config(folder), Tokenizer(folder)
+    folder, model = args.weights or TINY_FOLDER, None
+    if is_checkpoint(folder):
+        if args.adapter is not None:
+            raise ValueError(f"{folder} is a checkpoint, which has its own adapter: leave out --adapter")
+        model, _, _ = restore_model(folder)
+        merge_lora(model)
+        config, tokenizer = model.config, Tokenizer(model.tokenizer_folder)
+    else:
+        config, tokenizer = read_config(folder), Tokenizer(folder)
     if tokenizer.vocab_size > config.llama.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocabulary")
     conversation = Conversation(config, tokenizer, args.fit or DEFAULT_FIT[config.variant])
@@ -158,7 +167,7 @@ def build_session(args: argparse.Namespace) -> ChatSession:
 
     # Load the model and report the settings.
     model, device, dtype = load_for_inference(
-        folder, adapter=args.adapter, quantize_to=args.quantize, device=args.device, dtype=args.dtype
+        folder, adapter=args.adapter, quantize_to=args.quantize, device=args.device, dtype=args.dtype, model=model
     )
     model.config.llama.eos_id = tokenizer.eos_id
     bits = bits_of(model)

@@ -166,6 +166,12 @@ def train_and_save(run: TrainingRun, save_final: Callable[[Owl, Path], None]) ->
         if dist.is_main:
             save_final(run.model.eval(), run.out)
         monitor.print_status(f"the model is in {printable(run.out)}")
+        if args.keep_best and monitor.best_step not in (0, monitor.step):
+            path = run.checkpoints / f"step-{monitor.best_step:08d}"
+            monitor.print_status(
+                f"the validation loss was lowest ({monitor.best_loss:.4f}) after step {monitor.best_step}: "
+                f"python -m tools.export --checkpoint {printable(path)} --out FOLDER"
+            )
     else:
         reason = monitor.stop_reason
         monitor.print_status(f"stopped after step {monitor.step} ({reason}): continue with --resume")
@@ -215,9 +221,11 @@ def train_steps(
             with autocast(dist, run.fsdp):
                 val_loss = evaluate_loss(model, run.val_data, args.micro_batch, dist, skipped=monitor.skipped_val)
             monitor.log_val_loss(val_loss)
-        if step % args.save_every == 0 or is_last or monitor.stop_reason:
+        is_best = args.keep_best and monitor.best_step == step
+        if step % args.save_every == 0 or is_last or is_best or monitor.stop_reason:
             tensors = checkpoint.training_state(run.model, optimizer)
-            checkpoint.save(run.checkpoints, step, monitor.metadata(), tensors, dist=dist, keep=args.keep)
+            kept = {"keep": args.keep, "best": monitor.best_step if args.keep_best else 0}
+            checkpoint.save(run.checkpoints, step, monitor.metadata(), tensors, dist=dist, **kept)
             monitor.restart_interval()  # writing does not count as training
         if monitor.stop_reason:
             break

@@ -55,19 +55,31 @@ def load_with_adapter(
 
 
 def load_for_inference(
-    folder: Path, *, adapter: Path | None, quantize_to: str | None, device: str, dtype: str
+    folder: Path,
+    *,
+    adapter: Path | None,
+    quantize_to: str | None,
+    device: str,
+    dtype: str,
+    model: Owl | None = None,
 ) -> tuple[Owl, torch.device, torch.dtype]:
     """Loads a model, merges an adapter into it and quantizes it, in this order. Returns (model, device, dtype).
 
     device: a torch device or "auto". dtype: "float32", "bfloat16", "float16" or "auto". quantize_to: "int8" or "int4".
+    model: one to use instead of the folder's, without an adapter (training/restore.py has those of checkpoints).
     Raises ValueError or OSError if a file cannot be read or the model does not fit the device's memory.
     """
-    config = read_config(folder)
+    config = read_config(folder) if model is None else model.config
     target = select_device(device)
-    saved = read_quantization(folder)
+    saved = read_quantization(folder) if model is None else None
     precision = select_dtype(dtype, target, config, bool(quantize_to or saved))
     try:
-        model = load_with_adapter(folder, adapter, target, precision, quantize_to)
+        if model is None:
+            model = load_with_adapter(folder, adapter, target, precision, quantize_to)
+        else:
+            model.to(target, precision)
+            if quantize_to is not None:
+                quantize(model.llama, BITS[quantize_to])
     except torch.OutOfMemoryError:
         raise ValueError(f"{folder} does not fit the memory of {target} in {precision}") from None
     use_column_major_weights(model.llama)

@@ -86,8 +86,10 @@ class HashingFileSystem(FileSystem):
         self.checksums[Path(path).name] = [stream.n_byte, stream.sha256.hexdigest()]
 
 
-def save(folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *, dist: Dist, keep: int) -> None:
-    """Writes a checkpoint, then removes all but the newest `keep`. All ranks call it together.
+def save(
+    folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *, dist: Dist, keep: int, best: int = 0
+) -> None:
+    """Writes a checkpoint, then removes all but the newest `keep` and that of step `best`. All ranks call it together.
 
     metadata: a JSON object, stored in the manifest. tensors: plain ones (equal on all ranks) or DTensors.
     Raises OSError, for a full disk too.
@@ -124,15 +126,20 @@ def save(folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *,
         (part / MANIFEST).write_bytes(encode_manifest(manifest))
         remove(final)  # a damaged one of the same step, which find had skipped
         part.replace(final)
-        remove_old(folder, final, keep)
+        remove_old(folder, final, keep, best)
     barrier(dist)
 
 
-def remove_old(folder: Path, newest: Path, keep: int) -> None:
-    """Removes all checkpoints except `newest` and the keep - 1 before it. Later ones are damaged: find skipped them."""
+def remove_old(folder: Path, newest: Path, keep: int, best: int) -> None:
+    """Removes all checkpoints except `newest`, the keep - 1 before it, and that of step `best`.
+
+    Later ones are damaged: find skipped them.
+    """
     found = newest_first(folder)
     n_damaged = found.index(newest)
     for path in found[:n_damaged] + found[n_damaged + keep :]:
+        if path.name == f"step-{best:08d}":
+            continue
         remove(path.replace(path.with_suffix(".part")))  # renamed first, so that no half of it is found
 
 
@@ -237,6 +244,11 @@ def load(path: Path, manifest: dict, tensors: dict[str, Tensor]) -> None:
     """
     if manifest["tensors"] != sorted(tensors):
         raise ValueError(f"{path} is from a run that trained other parameters")
+    read_tensors(path, tensors)
+
+
+def read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Reads some of a checkpoint's tensors, by name. Raises ValueError if one is missing or of another shape."""
     with reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:

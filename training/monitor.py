@@ -44,6 +44,7 @@ class Monitor:
         metadata = run.checkpoint[1]["facts"] if run.checkpoint else {}
         self.optimizer_steps = metadata.get("updates", 0)  # steps with a finite loss and gradient
         self.nonfinite_steps = metadata.get("bad_steps", 0)  # consecutive steps without, up to the last one
+        self.best_step, self.best_loss = best_of(metadata)  # of the validations
         self.skipped, self.skipped_val = SkippedSamples(), SkippedSamples()
         self.n_samples = self.n_skipped = 0  # of this process's lifetime, over all ranks
         self.peak_flops = peak_flops(self.dist.device)  # of one device; None if unknown
@@ -103,7 +104,7 @@ class Monitor:
     def metadata(self) -> dict:
         """What a checkpoint stores besides tensors. The names are part of the checkpoint format."""
         counters = {"updates": self.optimizer_steps, "bad_steps": self.nonfinite_steps}
-        return {"settings": self.run.settings, **counters}
+        return {"settings": self.run.settings, **counters, "best": [self.best_step, self.best_loss]}
 
     def find_stop_reason(self) -> str:
         """Why the run should stop after this step; empty if it should not."""
@@ -157,6 +158,8 @@ class Monitor:
         self.restart_interval()
 
     def log_val_loss(self, val_loss: float) -> None:
+        if math.isfinite(val_loss) and (self.best_loss is None or val_loss < self.best_loss):
+            self.best_step, self.best_loss = self.step, val_loss
         self.write_metrics({"step": self.step, "val_loss": val_loss})
         self.print_status(f"step {self.step}: validation loss {val_loss:.4f}")
         self.restart_interval()
@@ -182,6 +185,14 @@ class Monitor:
             found = skipped.gather(self.dist)
             if found.count:
                 self.print_status(f"skipped {rows}, counted each time:\n{found.report()}")
+
+
+def best_of(metadata: dict) -> tuple[int, float | None]:
+    """The step of the lowest validation loss so far, and the loss: (0, None) before the first validation."""
+    match metadata.get("best"):
+        case [int(step), float(loss)] if step > 0:
+            return step, loss
+    return 0, None
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -166,6 +166,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--val-every", type=positive_int, default=500, metavar="STEPS")
     add("--save-every", type=positive_int, default=500, metavar="STEPS")
     add("--keep", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep (default 2)")
+    add("--keep-best", action="store_true", help="keep the checkpoint of the lowest validation loss, too (with --val)")
     add(
         "--dry-run",
         type=integer(0, 100_000),

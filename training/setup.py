@@ -40,6 +40,7 @@ MAX_EPOCHS = 20  # passes over a source, above which a run warns
 
 # Flags that may differ when a run resumes: they do not change its result, except for rounding.
 NOT_COMPARED = ("out", "resume", "check", "dry_run", "memory", "val", "log_every", "val_every", "save_every", "keep")
+NOT_COMPARED += ("keep_best",)
 NOT_COMPARED += ("max_skipped", "epochs", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
 NOT_COMPARED += ("data", "mix", "image_root")  # paths: the content is compared instead, by its fingerprint
 
@@ -230,6 +231,8 @@ def build_run(
     """
     if args.memory is not None:
         raise ValueError("--memory is for --dry-run")
+    if args.keep_best and args.val is None:
+        raise ValueError("--keep-best needs --val")
     if not args.check:
         check_out(args)
     run = open_run(args, dist, model, tokenizer=tokenizer, recipe=recipe)
@@ -332,8 +335,14 @@ def find_checkpoint(run: TrainingRun) -> tuple[Path, dict] | None:
     path, manifest = found
     saved = manifest["facts"]["settings"]  # an older one has no "content" and no "shares"
     different = [f"{key}: {saved[key]} then, {now[key]} now" for key in now if key in saved and saved[key] != now[key]]
+    is_longer = isinstance(saved.get("steps"), int) and saved["steps"] < now["steps"]
+    if is_longer:  # the learning rate follows the longer schedule from here on
+        different = [text for text in different if not text.startswith(("steps: ", "warmup: "))]
     if different:
         raise ValueError(f"{path} is from a run with other settings ({'; '.join(different)})")
+    if is_longer and run.dist.is_main:
+        lengths = f"{saved['steps']} steps then, {now['steps']} now"
+        print(f"the run becomes longer ({lengths}), and so does its learning rate schedule", file=sys.stderr)
     return found
 
 

@@ -1,0 +1,65 @@
+"""Using a stopped or finished run: export of a checkpoint, sampling from one, the best checkpoint, a longer run."""
+
+import pytest
+
+import sample
+from runs import run_main
+from test_train import (  # noqa: F401
+    QUICK,
+    assert_same_weights,
+    lines_of,
+    mixed,
+    refusal,
+    run_stage,
+    same_threads,
+    start,
+    weights_of,
+)
+from tools import export
+
+RUN = ("--batch", 4, "--micro-batch", 2, *QUICK)
+
+
+@pytest.mark.parametrize("variant, more", [("owl2", ()), ("owl1", ("--train-abstractor", "--precision", "bf16"))])
+def test_an_exported_checkpoint_equals_what_the_run_wrote(start, mixed, tmp_path, variant, more):  # noqa: F811
+    """Bit for bit: everything trained, or an adapter and the abstractor; and sample.py reads it directly."""
+    flags = ("--weights", start(variant), "--data", mixed, *RUN, *more)
+    run_stage("train_stage2", *flags, "--out", tmp_path / "run", "--steps", 2)
+    path = tmp_path / "run" / "checkpoints" / "step-00000002"
+    code, _, err = run_main(export.main, "--checkpoint", path, "--out", tmp_path / "model")
+    assert code == 0, err
+    assert_same_weights(weights_of(tmp_path / "model"), weights_of(tmp_path / "run"))
+    assert (tmp_path / "model" / "adapter").is_dir() == (variant == "owl1")
+    answers = []
+    for folder in (path, tmp_path / "run"):
+        code, out, err = run_main(sample.main, "--weights", folder, "--prompt", "Say it.", "--max-new-tokens", 5)
+        assert code == 0, err
+        answers.append(out)
+    assert answers[0] == answers[1]
+
+
+def test_a_finished_run_becomes_longer(start, mixed, tmp_path, capsys):  # noqa: F811
+    flags = ("--weights", start("owl2"), "--data", mixed, *RUN, "--out", tmp_path / "run")
+    run_stage("train_stage2", *flags, "--steps", 4)
+    run_stage("train_stage2", *flags, "--steps", 6, "--resume")
+    assert "4 steps then, 6 now" in capsys.readouterr().err
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "steps: 6 then, 5 now" in refusal(capsys, "train_stage2", *flags, "--steps", 5, "--resume")
+
+
+def test_the_best_checkpoint_is_kept(start, mixed, tmp_path, capsys):  # noqa: F811
+    """A learning rate that destroys the model: the first validation is the best."""
+    flags = ("--weights", start("owl2"), "--data", mixed, "--val", mixed, *RUN, "--lr", 1, "--warmup", 1)
+    flags = (*flags, "--out", tmp_path / "run", "--val-every", 1, "--save-every", 1, "--keep", 1, "--keep-best")
+    run_stage("train_stage2", *flags, "--steps", 4)
+    losses = {line["step"]: line["val_loss"] for line in lines_of(tmp_path / "run") if "val_loss" in line}
+    best = min(losses, key=losses.get)
+    kept = {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {best, 4}
+    assert (f"lowest ({losses[best]:.4f}) after step {best}" in capsys.readouterr().err) == (best != 4)
+
+
+def test_errors_of_export_are_one_line(start, tmp_path, capsys):  # noqa: F811
+    for checkpoint in (tmp_path, start("owl2")):
+        code, out, err = run_main(export.main, "--checkpoint", checkpoint, "--out", tmp_path / "model")
+        assert (code, out, err.count("\n")) == (2, "", 1) and str(checkpoint) in err
