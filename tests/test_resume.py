@@ -284,7 +284,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(randomized, tmp_p
     "setting, value",
     [
         ("lr", ("2e-3",)),
-        ("steps", ("13",)),
+        ("steps", ("11",)),  # more steps continue the run: test_export.py
         ("betas", ("0.8", "0.9")),
         ("seed", ("1",)),
         ("fit", ("pad",)),
