@@ -224,7 +224,7 @@ def train_steps(
         is_best = args.keep_best and monitor.best_step == step
         if step % args.save_every == 0 or is_last or is_best or monitor.stop_reason:
             tensors = checkpoint.training_state(run.model, optimizer)
-            kept = {"keep": args.keep, "best": monitor.best_step if args.keep_best else 0}
+            kept = {"keep": args.keep, "best": monitor.best_step if args.keep_best else None}
             checkpoint.save(run.checkpoints, step, monitor.metadata(), tensors, dist=dist, **kept)
             monitor.restart_interval()  # writing does not count as training
         if monitor.stop_reason:

@@ -233,7 +233,7 @@ def quantize(llama: nn.Module, bits: int) -> None:
     assert bits_of(llama) is None, "the model is quantized already"
     linears = [(name, module) for name, module in llama.named_modules() if isinstance(module, nn.Linear)]
     if any(isinstance(module, LoRALinear) and not module.merged for _, module in linears):
-        raise ValueError("merge the adapter first (lora.merge_lora), then quantize")
+        raise ValueError("merge the adapter first (lora.merge_lora, or python -m tools.merge), then quantize")
     linears = [(name, module) for name, module in linears if ".lora_" not in name]
     while linears:
         name, linear = linears.pop()  # the last reference: its memory is freed before the next one is quantized

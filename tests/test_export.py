@@ -15,7 +15,7 @@ from test_train import (  # noqa: F401
     start,
     weights_of,
 )
-from tools import export
+from tools import export, quantize
 
 RUN = ("--batch", 4, "--micro-batch", 2, *QUICK)
 
@@ -63,3 +63,16 @@ def test_errors_of_export_are_one_line(start, tmp_path, capsys):  # noqa: F811
     for checkpoint in (tmp_path, start("owl2")):
         code, out, err = run_main(export.main, "--checkpoint", checkpoint, "--out", tmp_path / "model")
         assert (code, out, err.count("\n")) == (2, "", 1) and str(checkpoint) in err
+
+
+def test_quantize_names_the_command_that_merges(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    code, _, err = run_main(quantize.main, "--weights", tmp_path, "--out", tmp_path / "out", "--to", "int8")
+    assert code == 2 and f"tools.merge --weights BASE --adapter {tmp_path}" in err
+
+
+def test_missing_weights_are_reported_as_in_sampling(mixed, tmp_path, capsys):  # noqa: F811
+    _, _, expected = run_main(sample.main, "--weights", tmp_path / "gone", "--prompt", "Say it.")
+    for stage in ("train_stage1", "train_stage2"):
+        flags = ("--weights", tmp_path / "gone", "--data", mixed, "--out", tmp_path / "out")
+        assert refusal(capsys, stage, *flags) == expected.strip()

@@ -27,6 +27,9 @@ def main() -> None:
     with user_errors():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} exists, and is not an empty folder: choose another one")
+        if (Path(args.weights) / "adapter_config.json").is_file() and not (Path(args.weights) / "config.json").is_file():
+            merge = f"python -m tools.merge --weights BASE --adapter {args.weights} --out MERGED"
+            raise ValueError(f"{args.weights} is an adapter: merge it first ({merge}), and quantize MERGED")
         model = load_quantized(args.weights, dtype=torch.bfloat16, to=args.to)
         save_quantized(model, out)
     n_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))

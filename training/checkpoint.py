@@ -87,7 +87,7 @@ class HashingFileSystem(FileSystem):
 
 
 def save(
-    folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *, dist: Dist, keep: int, best: int = 0
+    folder: Path, step: int, metadata: dict, tensors: dict[str, Tensor], *, dist: Dist, keep: int, best: int | None = None
 ) -> None:
     """Writes a checkpoint, then removes all but the newest `keep` and that of step `best`. All ranks call it together.
 
@@ -130,7 +130,7 @@ def save(
     barrier(dist)
 
 
-def remove_old(folder: Path, newest: Path, keep: int, best: int) -> None:
+def remove_old(folder: Path, newest: Path, keep: int, best: int | None) -> None:
     """Removes all checkpoints except `newest`, the keep - 1 before it, and that of step `best`.
 
     Later ones are damaged: find skipped them.
@@ -138,7 +138,7 @@ def remove_old(folder: Path, newest: Path, keep: int, best: int) -> None:
     found = newest_first(folder)
     n_damaged = found.index(newest)
     for path in found[:n_damaged] + found[n_damaged + keep :]:
-        if path.name == f"step-{best:08d}":
+        if best is not None and path.name == f"step-{best:08d}":
             continue
         remove(path.replace(path.with_suffix(".part")))  # renamed first, so that no half of it is found
 

@@ -159,7 +159,9 @@ def print_length(run: TrainingRun) -> None:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     checkpoint = 12 * trained / 1e9  # float32 weights and AdamW's two moments
     n_checkpoint = run.args.keep + 1  # one more while it is written
-    saved = sum(p.numel() for p in run.model.parameters()) * run.dist.dtype.itemsize / 1e9
+    with torch.device("meta"):
+        merged = Owl(run.model.config)  # what is saved has no adapter, and is not quantized
+    saved = sum(p.numel() for p in merged.parameters()) * run.dist.dtype.itemsize / 1e9
     total = n_checkpoint * checkpoint + saved
     print(f"disk: {total:.2f} GB: the model {saved:.2f} GB, {n_checkpoint} checkpoints of {checkpoint:.2f} GB each")
 
