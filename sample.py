@@ -84,8 +84,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def add_model_flags(parser: ArgumentParser) -> None:
     """Adds the flags that select and load a model."""
     add = parser.add_argument_group("model").add_argument
-    folder = "an mPLUG-Owl or mPLUG-Owl2 checkpoint in Hugging Face format, or one saved by train_stage*.py; "
-    folder += "default: the embedded tiny model, checkpoints/tiny-owl2"
+    folder = "an mPLUG-Owl or mPLUG-Owl2 model in Hugging Face format, one saved by train_stage*.py, or a checkpoint "
+    folder += "of a run, RUN/checkpoints/step-N; default: the embedded tiny model, checkpoints/tiny-owl2"
     add("--weights", type=Path, metavar="FOLDER", help=folder)
     add("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in PEFT format, merged into the weights")
     add("--device", default="auto", type=device_name, help="cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu")

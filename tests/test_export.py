@@ -59,6 +59,21 @@ def test_the_best_checkpoint_is_kept(start, mixed, tmp_path, capsys):  # noqa: F
     assert (f"lowest ({losses[best]:.4f}) after step {best}" in capsys.readouterr().err) == (best != 4)
 
 
+def test_tensorboard_gets_the_numbers_of_the_log(start, mixed, tmp_path, capsys, monkeypatch):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--weights", start("owl2"), "--data", mixed, "--val", mixed, *RUN, "--tensorboard", "--steps", 2)
+    run_stage("train_stage2", *flags, "--out", tmp_path / "run", "--val-every", 1)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for name in ("loss", "val_loss", "lr"):
+        logged = [(line["step"], line[name]) for line in lines_of(tmp_path / "run") if name in line]
+        assert [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)] == logged
+    capsys.readouterr()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install tensorboard" in refusal(capsys, "train_stage2", *flags, "--out", tmp_path / "other")
+
+
 def test_errors_of_export_are_one_line(start, tmp_path, capsys):  # noqa: F811
     for checkpoint in (tmp_path, start("owl2")):
         code, out, err = run_main(export.main, "--checkpoint", checkpoint, "--out", tmp_path / "model")

@@ -33,6 +33,15 @@ def test_curves_without_null_losses_and_the_truncated_last_line(tmp_path, capsys
     assert "line 15" in capsys.readouterr().err
 
 
+def test_table_of_runs(tmp_path):
+    """b has no validation and no throughput."""
+    b = {"loss": ([1, 2], [3.0, 2.0]), "val_loss": ([], []), "tokens_per_s": ([], [])}
+    lines = plot.table([("a", plot.read_curves(write_metrics(tmp_path / "a", 11))), ("b\x1b", b)]).splitlines()
+    assert lines[1].split() == ["a", "0.0455", "0.0600", "100", "0.0600", "960"]
+    assert lines[2].split() == ["b\\x1b", "2.0000", "-", "-", "-", "-"]
+    assert len({len(line) for line in lines}) == 1
+
+
 def test_run_names_are_as_short_as_possible(tmp_path):
     paths = [tmp_path / name / "metrics.jsonl" for name in ("x/stage1", "x/stage2", "y/stage2")]
     assert plot.run_names(paths[:2]) == ["stage1", "stage2"]
@@ -48,7 +57,8 @@ def test_each_run_has_a_color(tmp_path):
     first, second = (tuple(bytes.fromhex(color[1:])) for color in plot.COLORS[:2])
     default, chosen = tmp_path / "a" / "curves.png", tmp_path / "chosen.png"
     for arguments, out, expected in (((a, b), default, {first, second}), ((a, "--out", chosen), chosen, {first})):
-        assert run_main(plot.main, *arguments) == (0, f"{out}\n", "")
+        code, printed, err = run_main(plot.main, *arguments)
+        assert (code, err) == (0, "") and printed.endswith(f"\n{out}\n")
         image = Image.open(out)
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
         assert image.format == "PNG" and colors & {first, second} == expected

@@ -1,12 +1,15 @@
-"""Plots the loss and the throughput of one or more runs over their steps.
+"""Plots the loss and the throughput of one or more runs over their steps, and prints a table of them.
 
     python -m tools.plot runs/a/metrics.jsonl                            writes runs/a/curves.png
     python -m tools.plot runs/a/metrics.jsonl runs/b/metrics.jsonl --out a-and-b.png
 
-Upper panel: training loss (line) and validation loss (dots). Lower panel: tokens per second. Each run has a color and
-the name of its folder. The input is the metrics.jsonl that training writes, one JSON object per line, for example
-{"step": 10, "loss": 2.1, "tokens_per_s": 900.0} or {"step": 500, "val_loss": 1.9}. A loss that is null (it was not
-finite) is left out.
+                      loss     best val. loss after step   last val. loss   tokens/s
+    a               0.0766             0.0712        180           0.0731      3,736
+
+The table has the last training loss and the median throughput. Upper panel: training loss (line) and validation loss
+(dots). Lower panel: tokens per second. Each run has a color and the name of its folder. The input is the metrics.jsonl
+that training writes, one JSON object per line, for example {"step": 10, "loss": 2.1, "tokens_per_s": 900.0} or {"step":
+500, "val_loss": 1.9}. A loss that is null (it was not finite) is left out.
 
 Needs matplotlib: pip install matplotlib
 """
@@ -14,6 +17,7 @@ Needs matplotlib: pip install matplotlib
 import json
 import math
 from pathlib import Path
+from statistics import median
 
 from command import ArgumentParser, log, run, user_errors
 from common.files import printable, read_bytes, reading, writing
@@ -72,6 +76,22 @@ def run_names(paths: list[Path]) -> list[str]:
     return names
 
 
+def table(runs: list[tuple[str, Curves]]) -> str:
+    """Compares runs: the last loss, the best and last validation loss, and the median throughput."""
+    width = max(12, *(len(printable(name)) for name, _ in runs))
+    lines = [f"{'':<{width}}{'loss':>10}{'best val. loss':>19}{'after step':>11}{'last val. loss':>17}{'tokens/s':>11}"]
+    for name, curves in runs:
+        losses, (steps, val_losses), rates = curves["loss"][1], curves["val_loss"], curves["tokens_per_s"][1]
+        finite = [(loss, step) for loss, step in zip(val_losses, steps) if math.isfinite(loss)]
+        best, step = min(finite) if finite else (None, None)
+        last = [losses[-1] if losses else None, best, val_losses[-1] if val_losses else None]
+        loss, best, last = ("-" if x is None else f"{x:.4f}" for x in last)
+        rate = f"{median(rates):,.0f}" if rates else "-"
+        step = "-" if step is None else f"{step:,.0f}"
+        lines.append(f"{printable(name):<{width}}{loss:>10}{best:>19}{step:>11}{last:>17}{rate:>11}")
+    return "\n".join(lines)
+
+
 def save_plot(runs: list[tuple[str, Curves]], out: Path) -> None:
     """Saves the curves of (name, curves) pairs as a PNG with two panels."""
     import matplotlib
@@ -113,7 +133,9 @@ def main() -> None:
     with user_errors():
         if out.exists() and not (out.is_file() and b"Matplotlib" in out.read_bytes()[:500]):
             raise ValueError(f"{out} exists, and is no plot: choose another --out")
-        save_plot(list(zip(run_names(args.metrics), map(read_curves, args.metrics))), out)
+        runs = list(zip(run_names(args.metrics), map(read_curves, args.metrics)))
+        save_plot(runs, out)
+    print(table(runs))
     print(printable(out))
 
 

@@ -1,7 +1,8 @@
 """Observes a run: metrics.jsonl, progress bar, throughput, skipped samples, and the reasons to stop early.
 
 metrics.jsonl has one JSON object per line: {"step", "loss", "lr", "norm", "tokens_per_s", "images_per_s", "mfu",
-"memory_gb", "left_s"} every --log-every steps, {"step", "val_loss"} at each validation. tools/plot.py plots it.
+"memory_gb", "left_s"} every --log-every steps, {"step", "val_loss"} at each validation. tools/plot.py plots it. With
+--tensorboard the same numbers go to TensorBoard's event files beside it.
 """
 
 import json
@@ -52,6 +53,11 @@ class Monitor:
         self.metrics = run.out / "metrics.jsonl"
         if self.dist.is_main:
             truncate_metrics(self.metrics, start)
+        self.tensorboard = None
+        if run.args.tensorboard and self.dist.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(run.out, purge_step=start + 1)  # hides what a resumed run does again
         self.signals: list[int] = []
         self.signal_time = 0.0  # of the first one
         self.n_signals = 0  # over all ranks
@@ -170,6 +176,10 @@ class Monitor:
             line = {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        if self.tensorboard is not None:
+            for name in numbers.keys() - {"step"}:
+                if numbers[name] is not None:
+                    self.tensorboard.add_scalar(name, numbers[name], numbers["step"])
 
     def print_status(self, message: str) -> None:
         """Prints a message on rank 0, to standard error, above the progress bar."""
@@ -179,6 +189,8 @@ class Monitor:
     def close(self) -> None:
         """Restores the signal handlers and reports the skipped rows of all ranks."""
         self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         for rows, skipped in (("rows", self.skipped), ("validation rows", self.skipped_val)):

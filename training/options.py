@@ -163,6 +163,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--workers", type=integer(0, 1_000), default=0, help="data-loading processes per rank (default 0)")
     add("--log-every", type=positive_int, default=10, metavar="STEPS")
+    add("--tensorboard", action="store_true", help="log to TensorBoard too (pip install tensorboard)")
     add("--val-every", type=positive_int, default=500, metavar="STEPS")
     add("--save-every", type=positive_int, default=500, metavar="STEPS")
     add("--keep", type=positive_int, default=2, metavar="N", help="number of checkpoints to keep (default 2)")

@@ -8,6 +8,7 @@ All user errors are found here, before anything slow begins. --check exits from 
 """
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ MAX_EPOCHS = 20  # passes over a source, above which a run warns
 
 # Flags that may differ when a run resumes: they do not change its result, except for rounding.
 NOT_COMPARED = ("out", "resume", "check", "dry_run", "memory", "val", "log_every", "val_every", "save_every", "keep")
-NOT_COMPARED += ("keep_best",)
+NOT_COMPARED += ("keep_best", "tensorboard")
 NOT_COMPARED += ("max_skipped", "epochs", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
 NOT_COMPARED += ("data", "mix", "image_root")  # paths: the content is compared instead, by its fingerprint
 
@@ -231,6 +232,8 @@ def build_run(
     """
     if args.memory is not None:
         raise ValueError("--memory is for --dry-run")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.keep_best and args.val is None:
         raise ValueError("--keep-best needs --val")
     if not args.check:
