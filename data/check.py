@@ -93,7 +93,7 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m data.check", description=__doc__)
     parser.add_argument("--data", required=True, metavar="SOURCE", help=".json, .jsonl, or tar shards ('laion/*.tar')")
     parser.add_argument("--weights", metavar="FOLDER", help="the model to train, or instead of it the next two:")
-    parser.add_argument("--tokenizer", metavar="PATH", help="folder with tokenizer.model, or that file")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model, tokenizer.json or its folder")
     parser.add_argument("--variant", choices=DEFAULT_FIT, help="format of the prompts and number of pixels")
     parser.add_argument("--image-root", metavar="FOLDER", help="folder of image paths (default: beside --data)")
     parser.add_argument("--merge-images", action="store_true", help="merge the conversations about the same image")

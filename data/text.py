@@ -32,6 +32,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from common.files import read_bytes, read_json, reading
+from data.tokenizer_json import JsonProcessor
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 IMAGE_PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
@@ -47,24 +48,27 @@ MAX_TOKENIZER = 100_000_000  # bytes; LLaMA's has 500,000
 
 
 class Tokenizer:
-    """LLaMA's tokenizer.
+    """LLaMA's tokenizer, or another model's (data/tokenizer_json.py).
 
-    path: a folder with tokenizer.model, or that file. `legacy` in the tokenizer_config.json beside it (default: true)
-    selects LLaMA's old behavior: text after a </s> begins with an extra space. Without it, text is tokenized as by
-    transformers 4.31, the version of the released code; later versions have other tokens there.
+    path: a folder with tokenizer.model or else tokenizer.json, or that file. `legacy` in the tokenizer_config.json
+    beside it (default: true) selects LLaMA's old behavior: text after a </s> begins with an extra space. Without it,
+    text is tokenized as by transformers 4.31, the version of the released code; later versions have other tokens there.
     Raises FileNotFoundError, or ValueError if a file cannot be read or has no <s> or </s>.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        path = path / "tokenizer.model" if path.is_dir() else path
-        if path.with_name("tokenizer.json").exists() and not path.exists():
-            raise ValueError(f"{path} is missing, and tokenizer.json is not read: copy it from the original model")
+        if path.is_dir():
+            has_only_json = (path / "tokenizer.json").exists() and not (path / "tokenizer.model").exists()
+            path = path / ("tokenizer.json" if has_only_json else "tokenizer.model")
         with reading(path):
-            self.processor = SentencePieceProcessor()
-            self.processor.LoadFromSerializedProto(read_bytes(path, MAX_TOKENIZER))
+            if path.suffix == ".json":
+                self.processor = JsonProcessor(path)
+            else:
+                self.processor = SentencePieceProcessor()
+                self.processor.LoadFromSerializedProto(read_bytes(path, MAX_TOKENIZER))
             if self.processor.bos_id() < 0 or self.processor.eos_id() < 0:
-                raise ValueError("it has no <s> or no </s>: it is not a tokenizer of LLaMA")
+                raise ValueError("it has no <s> or no </s>: it is not a tokenizer of a LLaMA")
         self.path = path
         config = path.with_name("tokenizer_config.json")
         self.legacy = not config.is_file() or read_json(config).get("legacy") is not False  # null: not set

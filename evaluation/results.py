@@ -45,7 +45,7 @@ from inference.quantize import read_quantization
 from training.distributed import Dist, all_gather_object
 from weights import weight_files
 
-SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer_config.json")  # hashed; of weights only the size is kept
+SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")  # hashed; of weights, the size
 
 
 def describe_settings(args: Namespace, questions: list[Question], dist: Dist) -> dict[str, str | int | None]:

@@ -122,7 +122,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=sorted(PRESETS), help="size of the model, without --weights")
     add("--weights", metavar="FOLDER", help="start from this model folder (Hugging Face layout)")
-    add("--tokenizer", metavar="PATH", help="tokenizer.model or its folder (default: --weights)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.model, tokenizer.json or its folder (default: --weights)")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="SOURCE", help="training data: .json, .jsonl, or tar shards ('laion/*.tar')")
