@@ -1,9 +1,8 @@
 """The visual abstractor: compresses an image to 65 visual tokens (section 3.1 of both papers).
 
-Owl2's 1,024 patches per image would fill half of a context of 2,048 tokens. So 64 learnable
-queries read the patch features in six layers of cross-attention, and their
-outputs are all that the decoder receives of the image. (The design follows
-DeepMind's Perceiver and Flamingo's resampler.)
+Owl2's 1,024 patches per image would fill half of a context of 2,048 tokens. So 64 learnable queries read the patch
+features in six layers of cross-attention, and their outputs are all that the decoder receives of the image. (The design
+follows DeepMind's Perceiver and Flamingo's resampler.)
 
     patch features [N, 1 + P, C]      queries [1, n_query, C], learned, the same for each image
             |                             |

@@ -46,6 +46,7 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     adaptive: bool = False  # the modality-adaptive module (Owl2)
+    tied: bool = False  # tied embeddings: lm_head uses the weight of embed_tokens
     bos_id: int = 1
     eos_id: int = 2
 
@@ -286,8 +287,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """x: [B, T, C]. cache: as in Attention. Returns [B, T, C]."""
         x = x + self.self_attn(self.input_layernorm(x, context.modality), context, cache)
-        x = x + self.mlp(self.post_attention_layernorm(x, context.modality))
-        return x
+        return x + self.mlp(self.post_attention_layernorm(x, context.modality))
+
+
+class TiedHead(nn.Module):
+    """lm_head of a model with tied embeddings: [.., n_embd] to [.., vocab_size], with the weight of embed_tokens."""
+
+    def __init__(self, embed_tokens: nn.Embedding):
+        super().__init__()
+        self.owner = [embed_tokens]  # in a list, which hides it from parameters() and state_dict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.owner[0].weight)
 
 
 class Llama(nn.Module):
@@ -300,7 +311,8 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        head = partial(nn.Linear, config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = TiedHead(self.embed_tokens) if config.tied else head()
 
     def forward(
         self,

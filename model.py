@@ -63,14 +63,6 @@ class OwlConfig:
         """Positions of one image in the decoder's sequence: the queries and the end-of-image embedding."""
         return self.abstractor.n_query + 1
 
-    def resize(self, image_size: int) -> None:
-        """Sets the image size in pixels. Raises ValueError if it is not a multiple of the patch size."""
-        if image_size < 1 or image_size % self.vit.patch_size != 0:
-            raise ValueError(f"an image size of {image_size} is not a multiple of the patch size {self.vit.patch_size}")
-        self.vit.image_size = image_size
-        if self.variant == "owl2":
-            self.abstractor.grid_size = self.vit.grid_size
-
 
 class Owl(nn.Module):
     """A language model that reads images and text and predicts text."""

@@ -1,8 +1,7 @@
 """CLIP's vision transformer, the vision encoder of Owl1 and Owl2 (section 3.1 of both papers).
 
-The image is cut into patches, each patch becomes a vector, and in a stack of
-transformer blocks every patch attends to every other. All outputs, including
-the class token's, go on to the visual abstractor.
+The image is cut into patches, each patch becomes a vector, and in a stack of transformer blocks every patch attends to
+every other. All outputs, including the class token's, go on to the visual abstractor.
 
     images [N, 3, H, W]
       | patch_embed: one Linear per patch, written as a strided convolution
@@ -97,8 +96,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, T, C]. Returns [N, T, C]."""
         x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        return x + self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
@@ -107,9 +105,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Conv2d(
-            3, config.n_embd, kernel_size=config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_embed = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.n_embd))
         self.position_embedding = nn.Parameter(torch.zeros(1, config.n_token, config.n_embd))
         self.pre_norm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)

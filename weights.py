@@ -3,7 +3,7 @@
     config.json                     sizes of the parts; its model_type says whether it is an Owl1 or an Owl2
     model.safetensors               the weights: one file, or shards that model.safetensors.index.json lists,
     pytorch_model.bin                 or the same as pickles; one that holds anything but tensors is refused
-    tokenizer.model                 LLaMA's SentencePiece model (data/text.py reads it)
+    tokenizer.model                 LLaMA's SentencePiece model, or tokenizer.json (data/text.py reads it)
 
     load_model:  config.json --read_config--> OwlConfig --> Owl on the meta device (shapes without memory)
                  weight files --hf_tensors--> (our name, memory-mapped tensor) --assign_tensors--> the Owl's parameters
@@ -108,7 +108,7 @@ CONFIG_KEYS = {  # our config field: the key in its section
 KEYS = {ViTConfig: CONFIG_KEYS, AbstractorConfig: CONFIG_KEYS, LlamaConfig: CONFIG_KEYS | {"norm_eps": "rms_norm_eps"}}
 # Keys without a field, and the only value that the code implements.
 VIT_VALUES = {"hidden_act": "quick_gelu", "use_cls_token": True, "use_post_layernorm": True}
-LLAMA_VALUES = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "tie_word_embeddings": False}
+LLAMA_VALUES = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
 
 
 def read_config(folder: str | Path) -> OwlConfig:
@@ -159,6 +159,7 @@ def config_from_hf(hf: dict) -> OwlConfig:
     is_owl2 = variant == "owl2"
     vit = part_from_hf(ViTConfig, vision, image_size=448 if is_owl2 else 224)
     llama = part_from_hf(LlamaConfig, text, n_kv_head=text.get("num_attention_heads"))
+    llama.tied = text.get("tie_word_embeddings") is True
     defaults = {"n_query": hf.get("num_query_tokens"), "n_out": llama.n_embd, "dropout": 0.0 if is_owl2 else 0.1}
     abstractor = part_from_hf(AbstractorConfig, resampler, **defaults)
     if is_owl2:
@@ -196,7 +197,7 @@ def hf_config(model: Owl) -> dict:
     extras = (
         VIT_VALUES | {"model_type": "mplug_owl_vision_model", "num_channels": 3, "use_flash_attn": False},
         {"model_type": "mplug_owl_visual_abstract", "encoder_hidden_size": config.vit.n_embd},
-        LLAMA_VALUES | {"model_type": "llama", "pad_token_id": 0},
+        LLAMA_VALUES | {"model_type": "llama", "pad_token_id": 0, "tie_word_embeddings": config.llama.tied},
     )
     for part, path, extra in zip((config.vit, config.abstractor, config.llama), SECTIONS[config.variant], extras):
         section = reduce(lambda hf, key: hf.setdefault(key, {}), path, hf)
@@ -318,7 +319,8 @@ def assign_tensors(model: Owl, tensors: Iterable[tuple[str, Tensor]], device: st
 
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("generation_config.json",)
 
 
 def save_model(model: Owl, folder: str | Path, extra: dict = {}) -> None:

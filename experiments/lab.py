@@ -50,7 +50,7 @@ from experiments.patches import Patches
 from common.files import read_json, write_json
 from model import Owl
 from training.options import positive_float, positive_int
-from training.presets import PRESETS, init_weights
+from training.presets import PRESETS, init_weights, resize
 from weights import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,7 +277,7 @@ def create_model(setup: Setup) -> Owl:
     config.llama.vocab_size = VOCAB_SIZE
     config.llama.adaptive &= setup.adaptive
     config.abstractor.n_query = setup.n_query
-    config.resize(setup.image_size)
+    resize(config, setup.image_size)
     model = Owl(config)
     if setup.patches:
         model.abstractor = Patches(config.abstractor)

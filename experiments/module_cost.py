@@ -30,7 +30,7 @@ from tools.benchmark import (
 )
 from training.flops import train_flops
 from training.memory import activation_bytes
-from training.presets import PRESETS, init_weights
+from training.presets import PRESETS, init_weights, resize
 
 N_TEXT = 256
 ROUNDS = 15
@@ -38,7 +38,7 @@ ROUNDS = 15
 
 def create_owl2(preset: str, adaptive: bool) -> Owl:
     config = PRESETS[preset]()
-    config.resize(448)
+    resize(config, 448)
     config.llama.adaptive = adaptive
     return Owl(config)
 

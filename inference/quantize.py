@@ -8,7 +8,7 @@ scale (with 4 bits also a zero point) that neighbors share:
 
 The rounding error is at most half a scale. Scales and zero points are bfloat16, as the kernels need them; q is
 computed after they are rounded. At 4 bits lm_head still gets 8: it is 2 % of the weights, and no later layer can
-compensate its errors.
+compensate its errors. Tied embeddings are not quantized.
 
     x [.., n_in] -- few rows: kernel that reads quantized weights ----------------------------+--> y [.., n_out]
           |                                                                                   |

@@ -59,12 +59,13 @@ CONFIGURATIONS = {
     "owl2-full": ("train_stage2", "owl2", "--val-every", STEPS // 2),
     "owl1-lora": ("train_stage2", "owl1", "--lora-dropout", 0),
     "owl2-lora": ("train_stage2", "owl2", "--lora-rank", 4, "--lora-dropout", 0),
+    "owl2-tied": ("train_stage2", "owl2-tied"),
     "owl2-bf16": ("train_stage1", "owl2", "--crop-scale", 0.5, "--precision", "bf16"),
 }
 # Two processes run all of QUICK_JOBS, one after the other, and two others SLOW_JOBS.
 QUICK_JOBS = [*(("fsdp", name) for name in CONFIGURATIONS)]
 QUICK_JOBS += [("ddp", "owl1-stage1"), ("ddp", "owl2-full"), ("ddp", "owl2-bf16")]
-SLOW_JOBS = [("ddp", "owl2-stage1"), ("ddp", "owl1-full"), ("ddp", "owl2-lora")]
+SLOW_JOBS = [("ddp", "owl2-stage1"), ("ddp", "owl1-full"), ("ddp", "owl2-tied"), ("ddp", "owl2-lora")]
 
 
 # ----------------------------------------------------------------------------------------------------

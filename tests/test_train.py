@@ -45,7 +45,7 @@ from training.checkpoint import HashingStream, training_state
 from training.monitor import Monitor
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.options import Recipe, add_training_flags, command_line, default_image_size, make_recipe
-from training.presets import PRESETS, init_weights
+from training.presets import PRESETS, init_weights, resize
 from weights import load_model, save_model
 
 STYLES = ("owl1", "owl2")
@@ -62,11 +62,13 @@ def same_threads():
 
 
 def tiny(variant: str, dropout: float = 0.0):
+    """variant: "owl1" or "owl2", with "-tied" for tied embeddings."""
+    variant, _, tied = variant.partition("-")
     return make_config(
         variant,
         vit={"image_size": SIZE, "patch_size": 14},
         abstractor={"dropout": dropout},
-        llama={"vocab_size": 2000, "context": 256},
+        llama={"vocab_size": 2000, "context": 256, "tied": bool(tied)},
     )
 
 
@@ -859,7 +861,7 @@ def test_dry_run_adds_up_what_is_trained_and_what_is_not(mixed, capsys, monkeypa
     flags = (*preset, "--data", mixed, "--batch", 4, "--micro-batch", 2, "--dry-run")
     config = PRESETS["mid-owl2"]()
     config.llama.vocab_size = 2000
-    config.resize(56)
+    resize(config, 56)
     with torch.device("meta"):
         model = Owl(config)
     train_stage1.choose_trained(model)

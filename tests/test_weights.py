@@ -19,6 +19,7 @@ import lora
 import weights
 from abstractor import sincos_2d
 from conftest import GOLDEN, assert_close, build, make_config, make_owl
+from training.presets import resize
 from training.pretrained import CLIP_NAMES, pretrained_tensors, resize_position_embedding, resize_position_embeddings
 
 FOLDERS = ("owl1", "owl2", "owl2-bin-shards")
@@ -317,8 +318,8 @@ def test_resize_position_embeddings(tmp_path, variant, size):
     config = copy.deepcopy(before.config)
     for wrong in (20, 0):
         with pytest.raises(ValueError):
-            config.resize(wrong)
-    config.resize(size)
+            resize(config, wrong)
+    resize(config, size)
     model = build(config, resize_position_embeddings(before.state_dict().items(), config))
     if size == 16:
         assert same_state(model, before)

@@ -20,7 +20,7 @@ from model import Owl, OwlConfig
 from training.distributed import init_distributed
 from training.flops import peak_flops, train_flops
 from training.options import fraction, positive_int
-from training.presets import PRESETS
+from training.presets import PRESETS, resize
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +62,7 @@ def main() -> None:
     with user_errors():
         dist = init_distributed(args.device)
         config = PRESETS["owl2-7b"]()
-        config.resize(args.image_size)
+        resize(config, args.image_size)
         speed = loading_speed(args, config)
     with torch.device("meta"):
         model = Owl(config)

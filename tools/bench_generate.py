@@ -94,7 +94,7 @@ def bytes_per_step(llama: Llama, batch_size: int, n_cached: int) -> int:
     Once the weights for text; for each row an embedding, and the keys and values of n_cached positions.
     """
     config = llama.config
-    weights = sum(x.nbytes for name, x in text_weights(llama).items() if name != "embed_tokens.weight")
+    weights = sum(x.nbytes for name, x in text_weights(llama).items() if config.tied or name != "embed_tokens.weight")
     n_row = config.n_embd + 2 * config.n_layer * config.n_kv_head * config.head_dim * n_cached
     return weights + batch_size * n_row * llama.embed_tokens.weight.itemsize
 

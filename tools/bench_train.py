@@ -32,7 +32,7 @@ from training.optimizer import make_optimizer
 from training.options import nonnegative_int, positive_int
 from training.memory import state_bytes
 from training.parallel import autocast, choose_fsdp, prepare_blocks, shard, wrap_ddp
-from training.presets import PRESETS
+from training.presets import PRESETS, resize
 
 LARGE = {"preset": "owl2-7b", "recompute": True}
 BENCHMARK_SETS = {  # arguments of each row without --preset
@@ -69,7 +69,7 @@ def prepare_training(args: argparse.Namespace, dist: Dist) -> tuple[Owl, torch.o
     """A model with random weights as the stage trains it, its optimizer, and whether it is sharded (FSDP)."""
     config = PRESETS[args.preset]()
     recipe = (train_stage1, train_stage2)[args.stage - 1].RECIPES[config.variant]
-    config.resize(min(recipe.image_size, config.image_size))
+    resize(config, min(recipe.image_size, config.image_size))
     with torch.device("meta"):
         model = Owl(config)
     if args.stage == 1:

@@ -16,6 +16,7 @@ would count one product too many.
 import torch
 from torch import nn
 
+from llama import TiedHead
 from model import Owl, OwlConfig
 
 # Dense bfloat16 FLOP/s from the data sheets (which often state twice as many, "with sparsity"). The keys are parts of
@@ -71,17 +72,18 @@ def train_flops(model: Owl, n_image: int, lengths: list[int], n_supervised: int)
         leaf = name.removesuffix(".lora_A").split(".")[-1]  # lora_A has the same input as its Linear
         if leaf in ("attn", "self_attn", "mlp"):
             upstream_of_branch = upstream
-        trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, TiedHead)):
+            weight = model.llama.embed_tokens.weight if isinstance(module, TiedHead) else module.weight
             input_grad = upstream if leaf in READS_PREVIOUS else upstream_of_branch
             if isinstance(module, nn.Conv2d):  # its input is the image
                 input_grad = False
-            is_quantized = module.weight is None  # inference/qlora.py
-            n_weight = module.in_features * module.out_features if is_quantized else module.weight.numel()
-            flops += 2 * n * n_weight * (1 + trained + input_grad)
+            is_quantized = weight is None  # inference/qlora.py
+            n_weight = module.in_features * module.out_features if is_quantized else weight.numel()
+            is_trained = not is_quantized and weight.requires_grad
+            flops += 2 * n * n_weight * (1 + is_trained + input_grad)
             if leaf in n_pair and leaf == name.split(".")[-1]:  # queries and keys are as wide as this Linear's input
                 flops += 4 * n_pair[leaf] * module.in_features * (3 if upstream else 1)
-        upstream = upstream or trained
+        upstream = upstream or any(p.requires_grad for p in module.parameters(recurse=False))
     return float(flops)
 
 

@@ -21,6 +21,15 @@ def owl2(vit: ViTConfig, abstractor: AbstractorConfig, llama: LlamaConfig) -> Ow
     return OwlConfig("owl2", vit, abstractor, llama)
 
 
+def resize(config: OwlConfig, image_size: int) -> None:
+    """Sets the image size in pixels. Raises ValueError if it is not a multiple of the patch size."""
+    if image_size < 1 or image_size % config.vit.patch_size != 0:
+        raise ValueError(f"an image size of {image_size} is not a multiple of the patch size {config.vit.patch_size}")
+    config.vit.image_size = image_size
+    if config.variant == "owl2":
+        config.abstractor.grid_size = config.vit.grid_size
+
+
 def tiny_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
     """A size that two CPU cores train within half an hour."""
     return (
@@ -34,6 +43,15 @@ def scene_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
     """The embedded model, for the scenes of data/tiny: more layers in the vision encoder and more queries."""
     vit, abstractor, llama = tiny_parts()
     vit.n_layer, abstractor.n_query, llama.vocab_size = 6, 16, 640
+    return vit, abstractor, llama
+
+
+def smol_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
+    """SmolLM2-135M (data/smollm/prepare.py) with the vision encoder of the embedded model, for drawn scenes."""
+    vit, abstractor, _ = scene_parts()
+    llama = LlamaConfig(vocab_size=49152, context=8192, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_mlp=1536)
+    llama.norm_eps, llama.rope_theta, llama.tied = 1e-5, 100_000.0, True
+    abstractor.n_out = llama.n_embd
     return vit, abstractor, llama
 
 
@@ -52,6 +70,8 @@ PRESETS = {
     "tiny-owl1": lambda: owl1(*tiny_parts()),
     "tiny-owl2": lambda: owl2(*tiny_parts()),
     "tiny-owl2-scenes": lambda: owl2(*scene_parts()),
+    "smol-owl1": lambda: owl1(*smol_parts()),
+    "smol-owl2": lambda: owl2(*smol_parts()),
     "mid-owl2": lambda: owl2(*mid_parts()),
 }
 

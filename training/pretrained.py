@@ -5,7 +5,8 @@
     LLaMA folder (huggyllama/llama-7b for Owl1,  --llama_tensors--> llama.*       one weight for both modalities
                   meta-llama/Llama-2-7b-hf for Owl2)
 
-All are streams of (our name, tensor), as weights.hf_tensors has them; training.parallel.materialize copies them.
+The vision encoder may also be that of an Owl (vit_tensors). All are streams of (our name, tensor), as weights.hf_tensors
+has them; training.parallel.materialize copies them.
 """
 
 import math
@@ -20,7 +21,7 @@ from abstractor import Abstractor, sincos_2d
 from model import Owl, OwlConfig
 from training.presets import init_weights
 from vit import ViTConfig
-from weights import folder_tensors, translate
+from weights import folder_tensors, hf_tensors, read_config, translate
 
 CLIP_NAMES = {  # substrings of our names in vit.py: CLIP's. CLIP has three Linears for our qkv.
     "cls_token": "embeddings.class_embedding",
@@ -41,11 +42,14 @@ CLIP_UNUSED = (
 )
 
 
-def pretrained_tensors(config: OwlConfig, clip: str | Path, llama: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (our name, tensor) for a model that starts from CLIP's vision encoder and a LLaMA.
+def pretrained_tensors(
+    config: OwlConfig, clip: str | Path | None, llama: str | Path, vit: str | Path | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (our name, tensor) for a model that starts from a pretrained vision encoder and a LLaMA.
 
-    clip, llama: model folders. Only tensors are read from them: epsilons, rope_theta and context are those of the
-    configuration (1e-6 as in the released Owl2, where Llama 2's own config.json says 1e-5).
+    clip, llama: model folders. vit: the folder of an Owl, whose vision encoder is taken instead of CLIP's.
+    Only tensors are read from them: epsilons, rope_theta and context are those of the configuration (1e-6 as in the
+    released Owl2, where Llama 2's own config.json says 1e-5).
     Raises FileNotFoundError or ValueError as load_model does.
     """
     with torch.device("meta"):
@@ -53,7 +57,7 @@ def pretrained_tensors(config: OwlConfig, clip: str | Path, llama: str | Path) -
     abstractor = init_weights(Abstractor(config.abstractor))
     for name, tensor in abstractor.state_dict().items():
         yield f"abstractor.{name}", tensor
-    yield from clip_tensors(Path(clip), config.vit, expected)
+    yield from vit_tensors(vit, config) if vit else clip_tensors(Path(clip), config.vit, expected)
     yield from llama_tensors(Path(llama), expected)
 
 
@@ -123,9 +127,17 @@ def clip_tensors(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -
     refuse_rest(tensors, folder)
 
 
+def vit_tensors(folder: str | Path, config: OwlConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yields the vision encoder of an Owl. Its images may have another size than config's."""
+    tensors = hf_tensors(folder, read_config(folder))
+    yield from resize_position_embeddings((x for x in tensors if x[0].startswith("vit.")), config)
+
+
 def llama_tensors(folder: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields a LLaMA under our names. Both branches of the modality-adaptive module start from its one weight."""
     tensors = dict(folder_tensors(folder))
+    if "llama.lm_head.weight" not in expected:  # tied embeddings: some files have them twice
+        tensors.pop("lm_head.weight", None)
     for name, target in expected.items():
         if not name.startswith("llama.") or ".multiway.1." in name:
             continue

@@ -20,6 +20,7 @@ from model import Owl
 from training import checkpoint
 from training.distributed import PRECISIONS, Dist
 from training.parallel import gather_model_on_rank0, materialize, prepare_blocks
+from training.presets import resize
 from training.safe_metadata import SafeReader
 from training.setup import initial_tensors
 from weights import read_config
@@ -59,7 +60,7 @@ def restore_model(path: str | Path, weights: str | None = None) -> tuple[Owl, st
 
     # The model as build_run prepares it: trained parameters in float32, the others in the precision of the run.
     config = read_config(base)
-    config.resize(int(settings["image_size"]) or config.image_size)
+    resize(config, int(settings["image_size"]) or config.image_size)
     tokenizer = Tokenizer(settings.get("tokenizer") or base)
     config.llama.eos_id = tokenizer.eos_id
     with torch.device("meta"):

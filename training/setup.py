@@ -33,7 +33,7 @@ from training.memory import activation_bytes, state_bytes
 from training.options import MAX_STEPS, Recipe, make_recipe, set_steps
 from training.parallel import LARGE, autocast, blocks, choose_fsdp
 from training.parallel import materialize, prepare_blocks, shard, shard_group_size
-from training.presets import PRESETS, init_weights
+from training.presets import PRESETS, init_weights, resize
 from training.pretrained import resize_position_embeddings
 from weights import TOKENIZER_FILES, WEIGHT_FILES, hf_tensors, read_config
 
@@ -140,7 +140,7 @@ def build_model(args: argparse.Namespace, papers: dict[str, Recipe]) -> tuple[Ow
     if tokenizer.vocab_size > config.llama.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.llama.vocab_size}")
     recipe = make_recipe(args, papers[config.variant], config.image_size)
-    config.resize(recipe.image_size or config.image_size)
+    resize(config, recipe.image_size or config.image_size)
     config.llama.eos_id = tokenizer.eos_id
     with torch.device("meta"):
         model = Owl(config)
@@ -301,7 +301,7 @@ def check_out(args: argparse.Namespace) -> None:
     if not args.out:
         raise ValueError("give the run a folder: --out")
     out = Path(args.out)
-    for flag in ("weights", "tokenizer", "clip", "llama"):
+    for flag in ("weights", "tokenizer", "clip", "vit", "llama"):
         if (path := getattr(args, flag, None)) and out.resolve() == Path(path).resolve():
             raise ValueError(f"--out {out} is also --{flag}: the run would overwrite the model it starts from")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
