@@ -4,12 +4,21 @@
 # make test-web     run the tests of pages in a browser (skipped without Debian's chromium)
 # make tiny         train checkpoints/tiny-owl2 again, into runs/tiny-owl2/stage2 (an hour on two cores)
 # make tiny-owl1    train checkpoints/tiny-owl1 again; stage 2 trains LoRA and the abstractor
+# make smol-owl1    teach SmolLM2, a real language model of 135 million parameters, to see drawn scenes, as Owl1 does
+# make smol-owl2    the same as Owl2 does
 
 PYTHON := .venv/bin/python
 DATA := data/easy_vqa
 SCENES := data/tiny
 TINY := runs/tiny-owl2
 TINY1 := runs/tiny-owl1
+SMOL_DATA := data/smollm
+SMOL_FLAGS := --image-size 64 --batch 16 --micro 16 --vit-lr-decay 1 --crop-scale 0 --max-length 256 --precision bf16 \
+    --val-every 100 --workers 1
+SMOL_STAGE1 := --llama checkpoints/smollm2 --vit checkpoints/tiny-owl2 --data $(SMOL_DATA)/captions.json \
+    --val $(SMOL_DATA)/captions_val.json $(SMOL_FLAGS) --steps 1000 --warmup 50 --lr 1.5e-3 --min-lr 1e-4
+SMOL_STAGE2 := --mix $(SMOL_DATA)/train.json:3 $(SMOL_DATA)/text.json:1 --val $(SMOL_DATA)/val.json $(SMOL_FLAGS) \
+    --steps 500 --warmup 30
 TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run
@@ -57,6 +66,24 @@ tiny-owl1: .venv/dev
 	    --steps 700 --warmup 50 --lr 2e-3 --min-lr 1e-5 --crop-scale 0.8 --max-length 512
 	$(PYTHON) evaluate.py --data $(DATA)/test.json --weights $(TINY1)/stage2
 
+# The vision encoder starts from that of the embedded model. Training computes in bfloat16, in micro-batches that are
+# packed into one row. Owl1's stage 2 trains LoRA adapters and the abstractor, Owl2's everything.
+smol-owl1: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
+	$(PYTHON) train_stage1.py --preset smol-owl1 --out runs/smol-owl1/stage1 $(SMOL_STAGE1)
+	$(PYTHON) train_stage2.py --weights runs/smol-owl1/stage1 --out runs/smol-owl1/stage2 $(SMOL_STAGE2) \
+	    --train-abstractor --lr 1e-3 --min-lr 1e-5
+
+smol-owl2: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
+	$(PYTHON) train_stage1.py --preset smol-owl2 --out runs/smol-owl2/stage1 $(SMOL_STAGE1)
+	$(PYTHON) train_stage2.py --weights runs/smol-owl2/stage1 --out runs/smol-owl2/stage2 $(SMOL_STAGE2) \
+	    --lr 1e-4 --min-lr 1e-6
+
+checkpoints/smollm2/model.safetensors: .venv/dev
+	$(PYTHON) -m data.smollm.prepare
+
+$(SMOL_DATA)/captions.json: .venv/dev
+	$(PYTHON) -m data.smollm.scenes
+
 .venv/run: requirements.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -r requirements.txt
@@ -71,4 +98,4 @@ tiny-owl1: .venv/dev
 	$(PYTHON) -m pip install --quiet -r requirements-web.txt
 	touch $@
 
-.PHONY: demo test test-slow test-web tiny tiny-owl1
+.PHONY: demo test test-slow test-web tiny tiny-owl1 smol-owl1 smol-owl2
