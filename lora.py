@@ -82,8 +82,7 @@ def init_lora(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     kaiming_uniform with a = sqrt(5) is uniform in +-1 / sqrt(n_in), torch's default for a Linear.
     """
     for name, module in lora_modules(model):
-        matrix = torch.empty(module.rank, module.in_features)
-        yield f"{name}.lora_A.weight", nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        yield f"{name}.lora_A.weight", nn.init.kaiming_uniform_(torch.empty(module.rank, module.in_features), a=5**0.5)
         yield f"{name}.lora_B.weight", torch.zeros(module.out_features, module.rank)
 
 
