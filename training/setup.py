@@ -41,8 +41,8 @@ MAX_EPOCHS = 20  # passes over a source, above which a run warns
 
 # Flags that may differ when a run resumes: they do not change its result, except for rounding.
 NOT_COMPARED = ("out", "resume", "check", "dry_run", "memory", "val", "log_every", "val_every", "save_every", "keep")
-NOT_COMPARED += ("keep_best", "tensorboard")
-NOT_COMPARED += ("max_skipped", "epochs", "index", "device", "micro_batch", "workers", "parallel", "recompute", "compile")
+NOT_COMPARED += ("keep_best", "tensorboard", "max_skipped", "epochs", "index", "device", "micro_batch", "workers")
+NOT_COMPARED += ("parallel", "recompute", "compile")
 NOT_COMPARED += ("data", "mix", "image_root")  # paths: the content is compared instead, by its fingerprint
 
 
@@ -101,7 +101,8 @@ def describe(run: TrainingRun) -> str:
     devices = f" on each of {run.dist.world_size} devices" if run.dist.world_size > 1 else ""
     lines = [
         f"images of {config.image_size} pixels: {config.vit.n_token - 1:,} patches, {config.n_visual_tokens} positions",
-        f"samples of at most {recipe.max_length:,} positions, batches of {recipe.batch:,} samples: {micro_batches}{devices}",
+        f"samples of at most {recipe.max_length:,} positions, batches of {recipe.batch:,} samples: "
+        f"{micro_batches}{devices}",
         f"{recipe.steps:,} steps, the first {recipe.warmup:,} of them warm-up",
     ]
     warnings = []
