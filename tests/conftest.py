@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import os
+import signal
 import sys
 import tarfile
 from collections.abc import Callable, Iterable
@@ -38,6 +39,15 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 # The tensors are tiny: a second thread only waits. The processes that tests start inherit the number.
 N_THREAD = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(N_THREAD)
+
+
+@pytest.fixture(autouse=True)
+def restore_signal_handlers():
+    """Commands set handlers. Processes that a later test forks would inherit them, and not end at SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def make_config(variant: str, vit: dict = {}, abstractor: dict = {}, llama: dict = {}) -> OwlConfig:
