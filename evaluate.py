@@ -53,6 +53,7 @@ from inference.quantize import BITS, bits_of, read_quantization, why_slow
 from model import Owl
 from train import evaluate_loss
 from training.distributed import PRECISIONS, Dist, init_distributed
+from training.restore import is_checkpoint
 from training.monitor import SkippedSamples
 from weights import read_config
 
@@ -104,7 +105,9 @@ def check_flags(args: Namespace) -> None:
 
 
 def resolve_defaults(args: Namespace) -> None:
-    """Sets the flags whose default depends on the benchmark or the model."""
+    """Sets the flags whose default depends on the benchmark or the model. Raises ValueError if it is no model."""
+    if is_checkpoint(args.weights):
+        raise ValueError(f"{args.weights} is a checkpoint: write its model with python -m tools.export, and use that")
     benchmark = BENCHMARKS.get(args.task)
     args.min_new_tokens = benchmark.min_new_tokens if benchmark else 0
     args.max_new_tokens = args.max_new_tokens or (benchmark.max_new_tokens if benchmark else 10)

@@ -2,6 +2,7 @@
 
 import pytest
 
+import evaluate
 import sample
 from runs import run_main
 from test_train import (  # noqa: F401
@@ -30,6 +31,8 @@ def test_an_exported_checkpoint_equals_what_the_run_wrote(start, mixed, tmp_path
     assert code == 0, err
     assert_same_weights(weights_of(tmp_path / "model"), weights_of(tmp_path / "run"))
     assert (tmp_path / "model" / "adapter").is_dir() == (variant == "owl1")
+    code, _, err = run_main(evaluate.main, "--data", mixed, "--weights", path)
+    assert code == 2 and "tools.export" in err
     answers = []
     for folder in (path, tmp_path / "run"):
         code, out, err = run_main(sample.main, "--weights", folder, "--prompt", "Say it.", "--max-new-tokens", 5)
