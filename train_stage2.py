@@ -124,7 +124,7 @@ def build(args: argparse.Namespace) -> tuple[Owl, Tokenizer, Recipe]:
     return model, tokenizer, recipe
 
 
-def save_final(model: Owl, out: Path, base: str | None, dtype: torch.dtype) -> None:
+def save_final(model: Owl, out: Path, base: str, dtype: torch.dtype) -> None:
     """Saves the model and, if it has one, the adapter alone.
 
     base: the model folder that training started from. dtype: of a base that was quantized.
@@ -140,7 +140,7 @@ def save_final(model: Owl, out: Path, base: str | None, dtype: torch.dtype) -> N
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add_training_flags(parser)
-    parser.add_argument("--freeze-vit", action="store_true", help="do not train the vision encoder (nor does LoRA)")
+    parser.add_argument("--freeze-vit", action="store_true", help="do not train the vision encoder (LoRA never does)")
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora-rank", type=integer(0, 4_096), help="0: train everything (default: 8 for Owl1, 0 for Owl2)")
     add("--lora-alpha", type=positive_float, default=32.0, help="the adapter is scaled by alpha / rank (default 32)")
@@ -159,7 +159,7 @@ def main() -> None:
         if args.quantize:
             tensors = quantized_tensors(tensors, model, dist.device)
         training_run = build_run(args, dist, model, tokenizer=tokenizer, recipe=recipe, tensors=tensors)
-    train(training_run, partial(save_final, base=args.weights, dtype=dist.dtype))
+    train(training_run, partial(save_final, base=args.weights or "", dtype=dist.dtype))
 
 
 if __name__ == "__main__":

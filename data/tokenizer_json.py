@@ -27,13 +27,14 @@ class JsonProcessor:
         try:
             from tokenizers import Tokenizer
         except ModuleNotFoundError:
-            raise ValueError("that needs the package tokenizers: pip install tokenizers") from None
+            raise ValueError("reading a tokenizer.json needs the package tokenizers: pip install tokenizers") from None
         self.tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_JSON))
         self.tokenizer.encode_special_tokens = True  # a typed </s> is text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.is_byte_level = type(self.tokenizer.decoder).__name__ == "ByteLevel"
-        if not self.is_byte_level and not self.id_to_piece(self.encode("a")[0]).startswith("▁"):
+        is_bpe = type(self.tokenizer.model).__name__ == "BPE"
+        if not is_bpe or not (self.is_byte_level or self.id_to_piece(self.encode("a")[0]).startswith("▁")):
             raise ValueError("it is neither SentencePiece's nor a byte-level tokenizer")
         config = path.with_name("tokenizer_config.json")
         names = read_json(config) if config.is_file() else {}

@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on a quantized model (arXiv 2305.14314), which needs a quarter of the memory for the frozen weights.
+"""QLoRA: LoRA on a quantized model (arXiv 2305.14314), whose frozen weights need a quarter (4 bits) or half (8 bits) of the memory.
 
     x [.., n_in] --- W [n_out, n_in], 8 or 4 bits, dequantized for this product ---> + --> y [.., n_out]
         |                                                                            |

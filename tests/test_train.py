@@ -855,6 +855,15 @@ def test_dry_run_reads_no_weights_and_writes_nothing(start, tmp_path, mixed, cap
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_measures_rows_that_can_be_used(start, tmp_path, capsys):
+    """Not those that are too long, which are skipped, and would come first."""
+    rows = [{"conversations": talk("Say it.", "word " * 4000)}] * 4 + [{"conversations": talk("Why?", "So.")}] * 12
+    data = write_rows(tmp_path / "rows.json", rows)
+    flags = ("--weights", start("owl2"), "--data", data, *QUICK, "--batch", 8, "--micro-batch", 1, "--dry-run")
+    out = dry_run(capsys, "train_stage2", *flags, "--max-length", 64)[1]
+    assert int(re.search(r"for 1 samples of (\d+) tokens", out)[1]) > 5
+
+
 def test_dry_run_adds_up_what_is_trained_and_what_is_not(mixed, capsys, monkeypatch):
     """Per trained weight 4 bytes, 4 for its gradient and 8 for AdamW's moments; and whether it fits."""
     preset = ("--preset", "mid-owl2", "--tokenizer", GOLDEN / "text", "--image-size", 56, "--precision", "bf16")

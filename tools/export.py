@@ -20,7 +20,7 @@ from training.restore import restore_model
 def main() -> None:
     p = ArgumentParser(prog="python -m tools.export", description=__doc__)
     p.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER", help="RUN/checkpoints/step-N")
-    p.add_argument("--weights", metavar="FOLDER", help="what the run started from, if it is not where it was then")
+    p.add_argument("--weights", metavar="FOLDER", help="what the run started from, if it has moved (not checked)")
     p.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new model folder")
     args = p.parse_args()
     with user_errors():

@@ -132,7 +132,7 @@ def main() -> None:
     out = args.out or args.metrics[0].parent / "curves.png"
     with user_errors():
         if out.exists() and not (out.is_file() and b"Matplotlib" in out.read_bytes()[:500]):
-            raise ValueError(f"{out} exists, and is no plot: choose another --out")
+            raise ValueError(f"{out} exists and is not a plot: choose another --out")
         runs = list(zip(run_names(args.metrics), map(read_curves, args.metrics)))
         save_plot(runs, out)
     print(table(runs))

@@ -89,9 +89,10 @@ def first_that_fits(run: TrainingRun, build: Build, available: float) -> Trainin
         recipe = replace(recipe, steps=run.recipe.steps, warmup=run.recipe.warmup)
         tried = TrainingRun(args, recipe, dist, False, model.train(), run.data, None)
         total = sum(measure(tried, largest_batch(tried), available).values())
-        names = {"dry_run": "devices"}
-        flags = " ".join(f"--{names.get(name, name).replace('_', '-')} {value}" for name, value in changes.items())
-        print(f"  with {flags.replace(' True', '')}: {total / 1e9:.2f} GB")
+        changed = {name.replace("_", "-"): value for name, value in changes.items() if value and name != "dry_run"}
+        flags = " ".join(f"--{name} {value}" for name, value in changed.items())
+        devices = f" on {changes['dry_run']} devices" if "dry_run" in changes else ""
+        print(f"  with {flags.replace(' True', '')}{devices}: {total / 1e9:.2f} GB")
         if total < USABLE * available:
             return tried
     return None
@@ -116,11 +117,13 @@ def alternatives(run: TrainingRun) -> Iterator[dict[str, object]]:
         rank = next((module.rank for _, module in lora_modules(run.model)), 0)
         if rank == 0:  # the rates of the released scripts for LoRA, not those for training everything
             changes |= {name: rate for name, rate in (("lr", 1e-4), ("min_lr", 0.0)) if getattr(args, name) is None}
+            changes |= {"vit_lr": None} if args.vit_lr else {}
+            changes |= {"abstractor_lr": None} if args.abstractor_lr and not args.train_abstractor else {}
         for lower in (r for r in LORA_RANKS if rank == 0 or r < rank):
             alpha = args.lora_alpha * lower / rank if rank > 0 else 2.0 * lower
             changes |= {"lora_rank": lower, "lora_alpha": alpha}
             yield dict(changes)
-        if args.quantize is None:
+        if args.quantize is None and args.parallel != "fsdp":
             for bits in ("int8", "int4"):
                 yield changes | {"quantize": bits}
 
@@ -158,7 +161,7 @@ def print_length(run: TrainingRun) -> None:
 
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     checkpoint = 12 * trained / 1e9  # float32 weights and AdamW's two moments
-    n_checkpoint = run.args.keep + 1  # one more while it is written
+    n_checkpoint = run.args.keep + 1 + run.args.keep_best  # one more while it is written
     with torch.device("meta"):
         merged = Owl(run.model.config)  # what is saved has no adapter, and is not quantized
     saved = sum(p.numel() for p in merged.parameters()) * run.dist.dtype.itemsize / 1e9

@@ -46,17 +46,16 @@ def restore_model(path: str | Path, weights: str | None = None) -> tuple[Owl, st
     manifest = checkpoint.read_manifest(path)
     settings = manifest["facts"]["settings"]
     precision = {str(dtype): dtype for dtype in PRECISIONS.values()}.get(settings.get("precision"))
-    base = weights or settings.get("weights")
-    if not isinstance(base, str) or precision is None or "freeze_vit" not in settings:
-        raise ValueError(f"{path} is of a run from --preset, whose first weights are not stored: resume it instead")
+    if not isinstance(settings.get("weights"), str) or precision is None or "freeze_vit" not in settings:
+        raise ValueError(f"{path} is of a run that did not start from --weights, whose start is not stored: resume it")
+    if settings.get("quantize"):
+        raise ValueError(f"{path} is of a run with --quantize, whose base is not stored: resume it instead")
+    base = weights or settings["weights"]
     if not Path(base).is_dir():
         raise FileNotFoundError(
             f"{path} has only what was trained, and the rest, {base}, is not here: "
             f"python -m tools.export --checkpoint {path} --weights FOLDER --out MODEL"
         )
-
-    if settings.get("quantize"):
-        raise ValueError(f"{path} is of a run with --quantize, whose base is not stored: resume it instead")
 
     # The model as build_run prepares it: trained parameters in float32, the others in the precision of the run.
     config = read_config(base)

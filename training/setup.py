@@ -351,10 +351,13 @@ def find_checkpoint(run: TrainingRun) -> tuple[Path, dict] | None:
 
 
 def largest_batch(run: TrainingRun) -> Batch:
-    """The largest micro-batch of the first steps."""
-    sampler = make_sampler(run)
-    first = [sampler.micro_batches(step)[0] for step in range(4)]  # the largest of a step comes first
-    batches = [collate([run.data[key] for key in keys]) for keys in first]
+    """The largest micro-batch of the first steps, of those without rows that are skipped, such as too long ones."""
+    sampler, batches = make_sampler(run), []
+    for step in range(4):
+        for keys in sampler.micro_batches(step):  # from the longest to the shortest
+            batches.append(collate([run.data[key] for key in keys]))
+            if batches[-1].n_sample == len(keys):
+                break
     return max(batches, key=lambda batch: (batch.n_image, batch.n_token))
 
 
