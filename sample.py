@@ -1,11 +1,11 @@
 """Asks a model about images: one question, or a chat.
 
-    python sample.py --image x.jpg --prompt "What is this?"
+    python sample.py --image assets/scene.png --prompt "what color is the triangle?"
     python sample.py --image x.jpg                                  no --prompt: a chat
     python sample.py --image a.jpg --image b.jpg --prompt "Is <image> older than <image>?"
     python sample.py --weights mplug-owl2-llama2-7b --image x.jpg --prompt "Describe it." > answer.txt
     python sample.py --weights mplug-owl2-llama2-7b --adapter runs/my-lora --prompt "Who are you?"
-    python sample.py --image x.jpg --prompt "What is this?" --explain page.html
+    python sample.py --image assets/scene.png --prompt "what word is written?" --explain page.html
 
 Only the answer goes to standard output, streamed; everything else goes to standard error. A user error is one line,
 with exit code 2.
