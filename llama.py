@@ -24,7 +24,6 @@ their boundaries: positions restart at 0 in each sequence, and attention does no
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -200,9 +199,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -
         cu, longest = packed
         y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # causal: any distance back, none ahead
         return y.transpose(0, 1)[None]
+    lengths = packed.cu_seqlens.diff().tolist()
     parts = []
-    for start, end in pairwise(packed.cu_seqlens.tolist()):
-        one = (x[:, :, start:end] for x in (q, k, v))
+    for one in zip(*(x.split(lengths, dim=2) for x in (q, k, v))):
         parts.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]))
     return torch.cat(parts, dim=2)
 
