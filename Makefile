@@ -13,12 +13,12 @@ SCENES := data/tiny
 TINY := runs/tiny-owl2
 TINY1 := runs/tiny-owl1
 SMOL_DATA := data/smollm
-SMOL_FLAGS := --image-size 64 --batch 16 --micro 16 --vit-lr-decay 1 --crop-scale 0 --max-length 256 --precision bf16 \
-    --val-every 100 --workers 1
+SMOL_FLAGS := --image-size 64 --batch 8 --micro 8 --vit-lr-decay 1 --crop-scale 0 --max-length 256 --precision bf16 \
+    --val-every 150 --workers 1
 SMOL_STAGE1 := --llama checkpoints/smollm2 --vit checkpoints/tiny-owl2 --data $(SMOL_DATA)/captions.json \
-    --val $(SMOL_DATA)/captions_val.json $(SMOL_FLAGS) --steps 1000 --warmup 50 --lr 1.5e-3 --min-lr 1e-4
+    --val $(SMOL_DATA)/captions_val.json $(SMOL_FLAGS) --steps 900 --warmup 50 --lr 1e-3 --min-lr 5e-5
 SMOL_STAGE2 := --mix $(SMOL_DATA)/train.json:3 $(SMOL_DATA)/text.json:1 --val $(SMOL_DATA)/val.json $(SMOL_FLAGS) \
-    --steps 500 --warmup 30
+    --steps 400 --warmup 30
 TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run
@@ -76,7 +76,7 @@ smol-owl1: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
 smol-owl2: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
 	$(PYTHON) train_stage1.py --preset smol-owl2 --out runs/smol-owl2/stage1 $(SMOL_STAGE1)
 	$(PYTHON) train_stage2.py --weights runs/smol-owl2/stage1 --out runs/smol-owl2/stage2 $(SMOL_STAGE2) \
-	    --lr 1e-4 --min-lr 1e-6
+	    --lr 2e-4 --min-lr 2e-6
 
 checkpoints/smollm2/model.safetensors: .venv/smollm
 	$(PYTHON) -m data.smollm.prepare

@@ -235,7 +235,7 @@ def prepare(out: Path, n_image: int, seed: int) -> None:
     n_test = min(300, n_image // 20)
     scenes = {
         "train": [make_scene(rng) for _ in range(n_image)],
-        "val": [make_scene(rng) for _ in range(n_test)],
+        "val": [make_scene(rng) for _ in range(n_test // 3)],
         "test": [make_scene(rng) for _ in range(n_test)],
         "unseen": [make_scene(rng, held_out=True) for _ in range(n_test)],
     }
