@@ -18,9 +18,9 @@ from data.sources import read_rows, standard_row
 from data.text import conversation_turns
 from evaluation.benchmarks import check_image, in_row
 from evaluation.question import Question
-from evaluation.runner import count_placeholders
 from evaluation.scoring import is_exact_match
 from common.files import printable
+from inference.batch import count_placeholders
 
 FIELDS = ("question", "truth", "images", "answer")  # of a line of --out, besides NOTES
 MAX_LINE = 10_000_000  # bytes

@@ -29,7 +29,9 @@ from evaluation import html_report, results, runner
 from evaluation.html_report import report_page, sample_results
 from evaluation.owleval import count_ratings, rating_page
 from evaluation.question import Question
-from evaluation.runner import Runner, choose, encode_prompt
+from evaluation.runner import Runner
+from inference import batch
+from inference.batch import choose, encode_prompt
 from evaluation.scoring import is_exact_match
 from inference.adapter import save_lora
 from model import Owl
@@ -437,8 +439,8 @@ def test_long_prompt_loses_its_last_worked_examples(make_runner):
 @pytest.mark.parametrize("space", (False, True))
 def test_space_of_a_prompt_reaches_the_model(make_runner, monkeypatch, space):
     run, seen = make_runner(max_new_tokens=3), []
-    real = runner.pad
-    monkeypatch.setattr(runner, "pad", lambda rows, *rest: seen.extend(rows) or real(rows, *rest))
+    real = batch.pad
+    monkeypatch.setattr(batch, "pad", lambda rows, *rest: seen.extend(rows) or real(rows, *rest))
     run.run([Question("1", "Why?", [], space=space)], {})
     plain = encode_prompt("Why?", run.model, run.tokenizer)
     assert seen == [plain + run.tokenizer.encode("ASSISTANT: ")[-1:] if space else plain]

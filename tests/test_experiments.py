@@ -18,7 +18,7 @@ from PIL import Image
 from conftest import ROOT, assert_close
 from data.image import load_image, to_pixels
 from data.text import Tokenizer
-from evaluation.runner import ask
+from inference.batch import ask
 from experiments import adaptive, patches, report
 from experiments.lab import DATA, VIT, Lab, Setup, experiment, initial_model
 from model import Owl

@@ -33,7 +33,7 @@ from data.conversations import Conversations, SampleSpec, collate
 from data.image import load_image, to_pixels
 from data.mix import BatchSampler, Mixture
 from data.text import Tokenizer
-from evaluation.runner import ask
+from inference.batch import ask
 from inference.adapter import load_lora
 from inference.quantize import QuantizedLinear, load_quantized
 from llama import PackedSequences
