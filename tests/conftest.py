@@ -42,12 +42,17 @@ torch.set_num_threads(N_THREAD)
 
 
 @pytest.fixture(autouse=True)
-def restore_signal_handlers():
-    """Commands set handlers. Processes that a later test forks would inherit them, and not end at SIGTERM."""
+def restore_process_state():
+    """Commands set what holds for the whole process: signal handlers, and which attention computes on a CPU.
+
+    Processes that a later test forks would inherit the handlers, and not end at SIGTERM.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    flash = torch.backends.cuda.flash_sdp_enabled()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def make_config(variant: str, vit: dict = {}, abstractor: dict = {}, llama: dict = {}) -> OwlConfig:
