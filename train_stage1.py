@@ -86,20 +86,20 @@ def main() -> None:
     parser.add_argument("--freeze-vit", action="store_true", help="do not train the vision encoder")
     add = parser.add_argument_group("pretrained parts (with --preset)").add_argument
     add("--clip", metavar="FOLDER", help="openai/clip-vit-large-patch14, as safetensors")
-    add("--vit", metavar="FOLDER", help="a model folder, whose vision encoder is taken instead of CLIP's")
+    add("--vision", metavar="FOLDER", help="instead of --clip: an Owl, whose vision encoder and abstractor are taken")
     add("--llama", metavar="FOLDER", help="huggyllama/llama-7b for Owl1, meta-llama/Llama-2-7b-hf for Owl2")
     args = parser.parse_args()
     with user_errors():
         dist = init_distributed(args.device, args.precision)
-        starts = [args.llama, args.clip or args.vit]
-        if any(starts) and (not all(starts) or not args.preset or args.weights or (args.clip and args.vit)):
-            raise ValueError("--llama, --preset and one of --clip and --vit go together, and without --weights")
+        starts = [args.llama, args.clip or args.vision]
+        if any(starts) and (not all(starts) or not args.preset or args.weights or (args.clip and args.vision)):
+            raise ValueError("--llama, --preset and one of --clip and --vision go together, and without --weights")
         args.tokenizer = args.tokenizer or args.llama
         if args.dry_run is not None:
             sys.exit(dry_run(parser, args, dist, build))
         model, tokenizer, recipe = build(args)
         if args.llama:
-            tensors = pretrained_tensors(model.config, args.clip, args.llama, args.vit)
+            tensors = pretrained_tensors(model.config, args.clip, args.llama, args.vision)
         else:
             tensors = initial_tensors(args, model.config)
         training_run = build_run(args, dist, model, tokenizer=tokenizer, recipe=recipe, tensors=tensors)

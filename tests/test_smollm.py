@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import train_stage1
-from conftest import GOLDEN, assert_close, build, make_batch, make_config, make_owl
+from conftest import GOLDEN, VARIANTS, assert_close, build, make_batch, make_config, make_owl
 from data.text import Tokenizer, render_conversation, render_prompt
 from inference.quantize import bits_of, load_quantized
 from llama import Llama, TiedHead
@@ -86,9 +86,11 @@ def test_estimates_of_tied_embeddings():
         assert activation_bytes(tied, 1, 20, 9, autocast=nullcontext()) > 0
 
 
-def test_a_model_starts_from_a_tied_llama_and_the_vision_encoder_of_an_owl(tmp_path):
-    """A LLaMA's file may have the embeddings twice. The Owl may read images of another size."""
-    owl = make_owl(make_config("owl1", vit={"image_size": 24}))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_starts_from_a_tied_llama_and_the_vision_of_an_owl(variant, tmp_path):
+    """A LLaMA's file may have the embeddings twice. The Owl may read images of another size, and its language model
+    may have another width."""
+    owl = make_owl(make_config(variant, vit={"image_size": 24}, abstractor={"n_out": 48}, llama={"n_embd": 48}))
     save_model(owl, tmp_path / "owl")
     config = make_config("owl2", llama={"tied": True})
     llama = make_owl(config).llama
@@ -104,6 +106,13 @@ def test_a_model_starts_from_a_tied_llama_and_the_vision_encoder_of_an_owl(tmp_p
         assert torch.equal(model.vit.blocks[1].mlp.fc1.weight, owl.vit.blocks[1].mlp.fc1.weight)
         assert torch.equal(model.vit.position_embedding[:, 0], owl.vit.position_embedding[:, 0])
         assert model.vit.position_embedding.shape == (1, 5, 16)
+        for name, parameter in owl.abstractor.named_parameters():
+            if name not in ("eos", "fc.weight", "fc.bias"):
+                assert torch.equal(model.abstractor.get_parameter(name), parameter)
+        assert torch.equal(model.abstractor.layers[0].attn.k_pos, make_owl(config).abstractor.layers[0].attn.k_pos)
+    owl1 = make_config("owl1", llama={"tied": True})  # whose abstractor has no position embeddings
+    model = build(owl1, pretrained_tensors(owl1, None, tmp_path / "llama", tmp_path / "owl"))
+    assert torch.equal(model.abstractor.queries, owl.abstractor.queries)
 
 
 def test_materialize_keeps_embeddings_tied():

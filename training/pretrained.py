@@ -5,8 +5,8 @@
     LLaMA folder (huggyllama/llama-7b for Owl1,  --llama_tensors--> llama.*       one weight for both modalities
                   meta-llama/Llama-2-7b-hf for Owl2)
 
-The vision encoder may also be that of an Owl (vit_tensors). All are streams of (our name, tensor), as those of
-weights.hf_tensors; training.parallel.materialize copies them.
+The vision encoder may also be that of an Owl, with its abstractor (vision_tensors). All are streams of (our name,
+tensor), as those of weights.hf_tensors; training.parallel.materialize copies them.
 """
 
 import math
@@ -43,21 +43,21 @@ CLIP_UNUSED = (
 
 
 def pretrained_tensors(
-    config: OwlConfig, clip: str | Path | None, llama: str | Path, vit: str | Path | None = None
+    config: OwlConfig, clip: str | Path | None, llama: str | Path, vision: str | Path | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (our name, tensor) for a model that starts from a pretrained vision encoder and a LLaMA.
 
-    clip, llama: model folders. vit: the folder of an Owl, whose vision encoder is taken instead of CLIP's.
+    clip, llama: model folders. vision: the folder of an Owl, whose vision encoder and abstractor are taken instead of
+    CLIP and a random abstractor. What depends on the language model's width is random: abstractor.fc and .eos.
     Only tensors are read from them: epsilons, rope_theta and context are those of the configuration (1e-6 as in the
     released Owl2, where Llama 2's own config.json says 1e-5).
     Raises FileNotFoundError or ValueError as load_model does.
     """
     with torch.device("meta"):
         expected = Owl(config).state_dict()
-    abstractor = init_weights(Abstractor(config.abstractor))
-    for name, tensor in abstractor.state_dict().items():
-        yield f"abstractor.{name}", tensor
-    yield from vit_tensors(vit, config) if vit else clip_tensors(Path(clip), config.vit, expected)
+    abstractor = init_weights(Abstractor(config.abstractor)).state_dict(prefix="abstractor.")
+    pretrained = vision_tensors(vision, config, expected) if vision else clip_tensors(Path(clip), config.vit, expected)
+    yield from (abstractor | dict(pretrained)).items()
     yield from llama_tensors(Path(llama), expected)
 
 
@@ -127,10 +127,16 @@ def clip_tensors(folder: Path, config: ViTConfig, expected: dict[str, Tensor]) -
     refuse_rest(tensors, folder)
 
 
-def vit_tensors(folder: str | Path, config: OwlConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields the vision encoder of an Owl. Its images may have another size than config's."""
+def vision_tensors(
+    folder: str | Path, config: OwlConfig, expected: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the vision encoder and the abstractor of an Owl, without what only the abstractor of `folder` has (Owl2's
+    position embeddings) or what depends on its language model. Its images may have another size than config's."""
     tensors = hf_tensors(folder, read_config(folder))
-    yield from resize_position_embeddings((x for x in tensors if x[0].startswith("vit.")), config)
+    for name, tensor in resize_position_embeddings(tensors, config):
+        is_projection = name in ("abstractor.eos", "abstractor.fc.weight", "abstractor.fc.bias")
+        if name.startswith("vit.") or (name.startswith("abstractor.") and name in expected and not is_projection):
+            yield name, tensor
 
 
 def llama_tensors(folder: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
