@@ -18,7 +18,7 @@ SMOL_FLAGS := --image-size 64 --batch 8 --micro 8 --vit-lr-decay 1 --crop-scale 
 SMOL_STAGE1 := --llama checkpoints/smollm2 --vision checkpoints/tiny-owl2 --data $(SMOL_DATA)/captions.json \
     --val $(SMOL_DATA)/captions_val.json $(SMOL_FLAGS) --steps 700 --warmup 50 --lr 1e-3 --min-lr 5e-5 --vit-lr 3e-4
 SMOL_STAGE2 := --mix $(SMOL_DATA)/train.json:6 $(SMOL_DATA)/captions.json:1 $(SMOL_DATA)/text.json:2 \
-    --val $(SMOL_DATA)/val.json $(SMOL_FLAGS) --steps 400 --warmup 30
+    --val $(SMOL_DATA)/val.json $(SMOL_FLAGS) --steps 300 --warmup 30
 TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run

@@ -168,7 +168,19 @@ class Lab:
         return code
 
     def run_parallel(self, functions: list[Callable[[], None]]) -> None:
-        """Calls functions, `jobs` at a time. If one fails, or on a signal, terminates all running commands."""
+        """Calls functions, `jobs` at a time. If one fails, or on a signal, terminates all running commands.
+
+        Raises ValueError or OSError if one fails or if the folder is in use.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "lock", "w") as self.folder_lock:
+            try:
+                fcntl.flock(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another experiment is running in {self.out}: wait until it ends") from None
+            self.call_parallel(functions)
+
+    def call_parallel(self, functions: list[Callable[[], None]]) -> None:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = [pool.submit(function) for function in functions]
@@ -182,15 +194,9 @@ class Lab:
                 raise
 
     def run_setups(self, setups: Iterable[Setup], tests: tuple[str, ...] = ("test", "text_test")) -> None:
-        """Makes all runs of all seeds. Raises ValueError or OSError if one fails or if the folder is in use."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "lock", "w") as self.folder_lock:
-            try:
-                fcntl.flock(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another experiment is running in {self.out}: wait until it ends") from None
-            setups = list(setups)
-            self.run_parallel([partial(self.run_chain, setup, seed, tests) for seed in self.seeds for setup in setups])
+        """Makes all runs of all seeds, as run_parallel does."""
+        setups = list(setups)
+        self.run_parallel([partial(self.run_chain, setup, seed, tests) for seed in self.seeds for setup in setups])
 
     def run_chain(self, setup: Setup, seed: int, tests: tuple[str, ...]) -> None:
         """Makes a setup's run and all that it starts from, then tests it."""
@@ -205,9 +211,9 @@ class Lab:
             flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
             self.run_once(f"{name}-{test}", *setup.command("evaluate"), *flags)
 
-    def train(self, command: list[str], name: str, n_step: int, *flags: str) -> None:
+    def train(self, command: list[str], name: str, n_step: int, *flags: str, common: list[str] = COMMON) -> None:
         steps = ["--steps", str(max(1, round(n_step * self.scale)))]
-        self.run_once(name, *command, *COMMON, *flags, *steps, "--out", name, "--resume")
+        self.run_once(name, *command, *common, *flags, *steps, "--out", name, "--resume")
         shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
 
     def train_language(self, variant: str) -> None:

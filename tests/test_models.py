@@ -365,7 +365,7 @@ def test_other_shapes(mixed, tmp_path, variant, changes):
 
 
 SIZE_RANGES = {"owl1-7b": (7.1e9, 7.2e9), "owl2-7b": (8.1e9, 8.3e9), "mid-owl2": (5e7, 1e8)}
-SIZE_RANGES |= {"smol-owl1": (1.36e8, 1.37e8), "smol-owl2": (1.42e8, 1.43e8)}
+SIZE_RANGES |= {"smol-owl1": (1.36e8, 1.37e8), "smol-owl2": (1.42e8, 1.43e8), "smol-owl2-plain": (1.36e8, 1.37e8)}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -119,6 +119,8 @@ def test_captions_are_checked_statement_by_statement(tmp_path):
         "their size, if something is there": (4, 4),
         "true statements that were made": (5, 12),
     }
+    sentence = "I can see a big red circle at the top left, a small blue bar at the bottom in the middle and the word B A G."
+    assert check_captions.statements(sentence) == check_captions.statements(truth)
     (tmp_path / "empty").write_text("")
     assert_user_error(run_main(check_captions.main, tmp_path / "empty"), "no answers")
     assert_user_error(run_main(check_captions.main, tmp_path / "none"), "none")

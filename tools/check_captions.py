@@ -1,11 +1,12 @@
-"""Counts how many statements of a model's captions are true, for the scenes of data/tiny and data/shapes.
+"""Counts how many statements of a model's captions are true, for the scenes of data/tiny, data/shapes and data/smollm.
 
     python evaluate.py --data data/tiny/test_captions.json --out captions.jsonl
     python -m tools.check_captions captions.jsonl
 
 A caption is a list of statements, "a big red circle top left, a small blue bar bottom middle, the word B A G.": one per
-object, and one about the word. A statement is true if the scene's own caption has it. Each of its parts (size, color,
-shape, place) is also compared with the object at the stated place.
+object, and one about the word. The sentences of data/smollm are first reduced to this form. A statement is true if the
+scene's own caption has it. Each of its parts (size, color, shape, place) is also compared with the object at the stated
+place.
 """
 
 from command import ArgumentParser, run, user_errors
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from common.files import reading
 from data.shapes.prepare import COLORS, COLUMNS, MORE_COLORS, RADIUS, ROWS, SHAPES
+from data.smollm.scenes import CAPTIONS
 
 OBJECT = re.compile(
     rf"a (?P<size>{'|'.join(RADIUS)}) (?P<color>{'|'.join(COLORS | MORE_COLORS)}) (?P<shape>{'|'.join(SHAPES)}) "
@@ -26,7 +28,11 @@ WORD = re.compile(r"the word (?P<word>[A-Z](?: [A-Z])*)")
 
 
 def statements(caption: str) -> list[str]:
-    return [statement.strip() for statement in caption.strip().rstrip(".").split(",") if statement.strip()]
+    for sentence in CAPTIONS:
+        caption = caption.strip().removeprefix(sentence.split("{}")[0])
+    caption = caption.replace(" and the word", ", the word")
+    caption = re.sub(r"at the (top|bottom) (?:in the )?(left|middle|right)", r"\1 \2", caption)
+    return [statement.strip() for statement in caption.rstrip(".").split(",") if statement.strip()]
 
 
 def by_place(caption: str) -> dict[str, dict[str, str]]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from data.text import Tokenizer, render_prompt
 from evaluation.qa_file import read_cases
-from common.files import printable, read_bytes, reading
+from common.files import printable, read_bytes, reading, write_json
 from generate import generate
 from model import Owl
 from training.parallel import materialize
@@ -73,6 +73,7 @@ def main() -> None:
     add("--variant", choices=("owl1", "owl2"), default="owl2", help="prompt format of the questions (default: owl2)")
     add("--max-new-tokens", type=int, default=16, metavar="N", help="length of an answer (default: %(default)s)")
     add("--show", type=int, default=0, metavar="N", help="print the first N answers")
+    add("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file too")
     args = parser.parse_args()
     with user_errors():
         folder = args.weights or args.llama
@@ -97,6 +98,10 @@ def main() -> None:
             print(printable(f"{question.prompt} [{question.truth}] {answer}"))
     for kind, counts in is_right.items():
         print(f"{printable(kind):<16} {sum(counts):>4} of {len(counts):>4}")
+    if args.out:
+        right = {kind: [sum(counts), len(counts)] for kind, counts in is_right.items()}
+        with user_errors():
+            write_json(args.out, {"perplexity": perplexity, "fingerprint": fingerprint, "right": right})
 
 
 if __name__ == "__main__":

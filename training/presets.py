@@ -55,6 +55,13 @@ def smol_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
     return vit, abstractor, llama
 
 
+def smol_owl2_plain() -> OwlConfig:
+    """Without the modality-adaptive module, for experiments."""
+    config = owl2(*smol_parts())
+    config.llama.adaptive = False
+    return config
+
+
 def mid_parts() -> tuple[ViTConfig, AbstractorConfig, LlamaConfig]:
     """A size for benchmarks on a laptop, in the proportions of the 7B."""
     return (
@@ -72,6 +79,7 @@ PRESETS = {
     "tiny-owl2-scenes": lambda: owl2(*scene_parts()),
     "smol-owl1": lambda: owl1(*smol_parts()),
     "smol-owl2": lambda: owl2(*smol_parts()),
+    "smol-owl2-plain": smol_owl2_plain,
     "mid-owl2": lambda: owl2(*mid_parts()),
 }
 

@@ -6,6 +6,7 @@
     file                              samples                                                     for
     --------------------------------  ----------------------------------------------------------  --------------------
     captions.json   captions_val.json an image and its caption, in one of several sentences       stage 1
+    test_captions.json                the same of the test's images                               tools.check_captions
     train.json      val.json          an image, up to 6 questions in one conversation             stage 2, images
     text.json                         instructions of data/smollm/text.py, up to 4 in one         stage 2, text
     test.json                         an image and one question, in a phrasing of training        evaluation
@@ -227,6 +228,14 @@ def test_files(
     return files
 
 
+def caption_samples(prefix: str, pairs: list[tuple[Scene, str]], rng: random.Random) -> list[dict]:
+    """pairs: scenes and the paths of their images."""
+    return [
+        make_sample(f"{prefix}-{k}", [(rng.choice(CAPTION_REQUESTS), caption(scene, rng))], "<|image|>", path)
+        for k, (scene, path) in enumerate(pairs)
+    ]
+
+
 def prepare(out: Path, n_image: int, seed: int) -> None:
     """Writes all files. n_image: training scenes; the sizes of the other files follow. Raises OSError, ValueError."""
     if n_image < MIN_IMAGES:
@@ -244,16 +253,15 @@ def prepare(out: Path, n_image: int, seed: int) -> None:
     for split, captions in (("train", "captions"), ("val", "captions_val")):
         sampler = BalancedSampler(rng)
         pairs = list(zip(scenes[split], paths[split]))
-        files[captions] = [
-            make_sample(f"{split}-{k}", [(rng.choice(CAPTION_REQUESTS), caption(scene, rng))], "<|image|>", path)
-            for k, (scene, path) in enumerate(pairs)
-        ]
+        files[captions] = caption_samples(split, pairs, rng)
         files[split] = [
             make_sample(f"{split}-{k}", train_turns(scene, sampler, rng), "<|image|>", path)
             for k, (scene, path) in enumerate(pairs)
         ]
     files["text"], files["text_test"] = text_files(n_image // 2, rng)
     files |= test_files(scenes, paths, rng)
+    pairs = [pair for split in ("test", "unseen") for pair in zip(scenes[split], paths[split])]
+    files["test_captions"] = caption_samples("caption", pairs, rng)
     for name, samples in files.items():
         write_samples(out / f"{name}.json", samples)
 
