@@ -19,7 +19,7 @@ from conftest import ROOT, assert_close
 from data.image import load_image, to_pixels
 from data.text import Tokenizer
 from inference.batch import ask
-from experiments import adaptive, patches, report
+from experiments import adaptive, patches, report, smol
 from experiments.lab import DATA, VIT, Lab, Setup, experiment, initial_model
 from model import Owl
 from runs import run_main
@@ -248,3 +248,27 @@ def test_a_stopped_experiment_continues(tmp_path):
     made = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "lab").rglob("*.safetensors")}
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == done.stdout
     assert {path: os.stat(path).st_mtime_ns for path in made} == made
+
+
+def test_the_real_language_model_is_measured_after_each_stage(lab, monkeypatch):
+    """The numbers of the report are read from their files."""
+    commands = {}
+    monkeypatch.setattr(lab, "run_once", lambda name, *command: commands.update({name: command}))
+    lab.seeds = [1]
+    for start in smol.STARTS:
+        smol.run_stage1(lab, start)
+    for setup in smol.SETUPS:
+        smol.run_stage2(lab, setup, 1)
+    assert len({setup.name for setup in smol.SETUPS}) == 8 and len(commands) == 2 + 2 * 3 + 3 * 8
+    assert "scenes/text.json:1" in commands["seed1/owl1-lora-text"]
+    assert "scenes/text.json:1" not in commands["seed1/owl2-all-images"]
+    assert "--train-abstractor" in commands["seed1/owl1-lora-images"]
+    assert "smol-owl2-plain" in commands["owl2-plain"] and "owl2" in commands["owl2-plain-text"]
+
+    lab.out.joinpath("seed1").mkdir()
+    right = {"all questions": [50, 200], "arithmetic": [1, 2]}
+    lab.out.joinpath("seed1/a-text.json").write_text(json.dumps({"perplexity": 35.5, "right": right}))
+    assert smol.scores(lab, "seed1/a") == {"perplexity": 35.5, "text questions, %": 25.0}
+    answers = [{"answer": "Red.", "truth": "red"}, {"answer": "two", "truth": "one"}]
+    lab.out.joinpath("seed1/a-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    assert smol.scores(lab, "seed1/a")["image questions, %"] == 50.0
