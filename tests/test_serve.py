@@ -475,6 +475,37 @@ def test_image_formats(tiny, kind):
     ask(tiny.client, [user("a", file.getvalue())], max_tokens=1)
 
 
+def test_requests_of_harnesses(tiny):
+    """docs/harnesses.md: the fields that VLMEvalKit sends, ignored fields, and values that are not what they seem."""
+    jpeg = io.BytesIO()
+    Image.open(ROOT / "assets/blue-rectangle.png").convert("RGB").save(jpeg, "JPEG")
+    part = image_part(jpeg.getvalue(), "jpeg")
+    question = {"type": "text", "text": "what color is the shape?"}
+    system = {"role": "system", "content": "Be short."}
+
+    def answer_to(*parts: dict, before: list[dict] = [], **options: object) -> tuple[int, dict]:
+        return post(tiny.port, {"messages": [*before, {"role": "user", "content": parts}], **options})
+
+    vlmevalkit = {"model": "tiny-owl2", "n": 1, "temperature": 0.0, "max_tokens": 32768}
+    ignored = {"repetition_penalty": 1.3, "min_p": 0.1, "num_beams": 5, "do_sample": False, "best_of": 1}
+    ignored |= {"max_new_tokens": 1, "chat_template_kwargs": {}, "reasoning_effort": "high"}
+    neutral = {"logprobs": False, "top_logprobs": 0, "presence_penalty": 0.0, "top_p": None, "stop": None, "tools": []}
+    detailed = {"type": "image_url", "image_url": part["image_url"] | {"detail": "high"}}
+    mislabeled = {"type": "image_url", "image_url": {"url": part["image_url"]["url"].replace("jpeg", "png")}}
+    for status, content in (
+        answer_to(part, question, **vlmevalkit),
+        answer_to(part, question, before=[system], **vlmevalkit),
+        answer_to(detailed, question, **ignored),
+        answer_to(question, mislabeled, **neutral),
+    ):
+        assert status == 200 and content["choices"][0]["message"]["content"] == "blue"
+    video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    bare = {"type": "image_url", "image_url": {"url": part["image_url"]["url"].partition(",")[2]}}
+    assert answer_to(video, question)[0] == answer_to(bare, question)[0] == 400
+    for refused in ({"top_k": -1}, {"top_k": 0}, {"top_p": 0}, {"top_logprobs": 5}, {"max_tokens": 0}, {"n": 2}):
+        assert answer_to(part, question, **refused)[0] == 400
+
+
 def test_the_body_is_limited(tiny):
     for chunks in (False, True):
         connection = http.client.HTTPConnection("127.0.0.1", tiny.port, timeout=60)
