@@ -1,4 +1,4 @@
-"""Asks a model about images: one question, or a chat.
+"""Asks a model about images: one question, a chat, or a file of questions.
 
     python sample.py --image assets/scene.png --prompt "what color is the triangle?"
     python sample.py --image x.jpg                                  no --prompt: a chat
@@ -6,6 +6,9 @@
     python sample.py --weights mplug-owl2-llama2-7b --image x.jpg --prompt "Describe it." > answer.txt
     python sample.py --weights mplug-owl2-llama2-7b --adapter runs/my-lora --prompt "Who are you?"
     python sample.py --image assets/scene.png --prompt "what word is written?" --explain page.html
+    python sample.py --image assets/scene.png --prompt "is the triangle yellow?" --choices yes no
+    python sample.py --video clip.mp4 --fps 1 --max-frames 8 --prompt "What happens?"
+    python sample.py --questions rows.csv --out answers.csv         see docs/batch.md
 
 Only the answer goes to standard output, streamed; everything else goes to standard error. A user error is one line,
 with exit code 2.
@@ -38,7 +41,9 @@ from common.files import check_file, escape_controls, printable
 
 # torch takes seconds to import, so it and all that imports it are imported after the flags are parsed.
 if TYPE_CHECKING:
+    from data.text import Tokenizer
     from inference.chat import ChatSession
+    from model import Owl, OwlConfig
 
 TINY_FOLDER = Path(__file__).parent / "checkpoints" / "tiny-owl2"
 EXPLAIN_MARK = b'<meta name="generator" content="owlet --explain">'  # at the start of its pages
@@ -55,8 +60,21 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("question").add_argument
     add("--prompt", metavar="TEXT", help="the question; without it, a chat starts")
     add("--image", action="append", default=[], metavar="PATH", help="an image; repeat the flag for several")
+    add("--video", metavar="PATH", help="a video, whose frames share one placeholder, after those of the images")
+    add("--fps", type=float, default=1.0, metavar="N", help="frames taken per second of video; default 1")
+    add("--max-frames", type=int, default=8, metavar="N", help="at most so many, evenly spread; default 8")
+    choices = "print each choice, its probability among the choices, and its log-probability, instead of an answer"
+    add("--choices", nargs="+", metavar="TEXT", help=choices)
     page = "save a page that shows how the answer came about (see inference/explain.py) as .html; needs --prompt"
     add("--explain", type=Path, metavar="FILE", help=page)
+
+    add = parser.add_argument_group("file of questions").add_argument
+    rows = "answer the rows of a .csv, .json or .jsonl file with the columns image (or video) and prompt, greedily; "
+    rows += "--prompt replaces the rows' own"
+    add("--questions", type=Path, metavar="FILE", help=rows)
+    out = "the rows and their answers, .csv or .jsonl; the same command continues a file after a stop"
+    add("--out", type=Path, metavar="FILE", help=out)
+    add("--batch", type=int, default=16, metavar="N", help="rows answered at a time; default 16")
 
     add_model_flags(parser)
 
@@ -76,9 +94,30 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be from 0 to 2^63 - 1, not {args.seed}")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    if not 0 < args.fps < float("inf") or args.max_frames < 1:
+        parser.error(f"--fps must be above 0 and --max-frames at least 1, not {args.fps} and {args.max_frames}")
+    check_combination(parser, args)
     if args.explain is not None:
         check_page_path(parser, args)
     return args
+
+
+def check_combination(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Reports flags that do not go together."""
+    if (args.questions is None) != (args.out is None):
+        parser.error("--questions and --out need each other")
+    if args.questions is not None:
+        if args.image or args.video or args.explain or args.compile or args.temperature != 0:
+            parser.error("--questions takes no --image, --video, --explain, --compile or --temperature")
+        if args.batch < 1:
+            parser.error(f"--batch must be at least 1, not {args.batch}")
+    if args.choices is not None:
+        if args.prompt is None and args.questions is None:
+            parser.error("--choices needs --prompt or --questions")
+        if args.explain is not None:
+            parser.error("--choices and --explain do not go together")
+        if not all(map(str.strip, args.choices)) or len(set(args.choices)) < len(args.choices):
+            parser.error("--choices must differ and not be empty")
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
@@ -131,21 +170,16 @@ def is_explanation(path: Path) -> bool:
         return False
 
 
-def build_session(args: argparse.Namespace) -> ChatSession:
-    """Reads and checks all inputs, then loads the model. Raises ValueError or OSError for what the user can fix."""
-    from data.image import DEFAULT_FIT
+def read_settings(args: argparse.Namespace) -> tuple[Owl | None, OwlConfig, Tokenizer]:
+    """Returns (model, if it is read from a run's checkpoint, else None, its configuration, its tokenizer).
+
+    Loading weights can take minutes, so this comes first, to check the inputs with. Raises ValueError or OSError.
+    """
     from data.text import Tokenizer
-    from generate import Sampling, generate
-    from inference.chat import ChatSession, Conversation
-    from inference.fast_decode import FastDecoder
-    from inference.loading import load_for_inference
-    from inference.quantize import bits_of, why_slow
     from lora import merge_lora
     from training.restore import is_checkpoint, restore_model
     from weights import read_config
 
-    # Check the inputs first: loading the weights can take minutes.
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     folder, model = args.weights or TINY_FOLDER, None
     if is_checkpoint(folder):
         if args.adapter is not None:
@@ -157,15 +191,15 @@ def build_session(args: argparse.Namespace) -> ChatSession:
         config, tokenizer = read_config(folder), Tokenizer(folder)
     if tokenizer.vocab_size > config.llama.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocabulary")
-    conversation = Conversation(config, tokenizer, args.fit or DEFAULT_FIT[config.variant])
-    for path in args.image:
-        conversation.add_image(path)
-    max_length = config.llama.context
-    if args.prompt is not None:
-        conversation.ask(args.prompt)
-        max_length = min(max_length, len(conversation.prompt_ids) + args.max_new_tokens)
+    return model, config, tokenizer
 
-    # Load the model and report the settings.
+
+def load(args: argparse.Namespace, model: Owl | None, tokenizer: Tokenizer) -> Owl:
+    """Loads the model, unless it is read already, and reports its settings."""
+    from inference.loading import load_for_inference
+    from inference.quantize import bits_of, why_slow
+
+    folder = args.weights or TINY_FOLDER
     model, device, dtype = load_for_inference(
         folder, adapter=args.adapter, quantize_to=args.quantize, device=args.device, dtype=args.dtype, model=model
     )
@@ -179,9 +213,31 @@ def build_session(args: argparse.Namespace) -> ChatSession:
         log(TINY_NOTICE)
     if args.temperature == 0 and (args.top_k is not None or args.top_p is not None):
         log("--top-k and --top-p have no effect at --temperature 0.")
+    return model
+
+
+def build_session(args: argparse.Namespace) -> ChatSession:
+    """Reads and checks all inputs, then loads the model. Raises ValueError or OSError for what the user can fix."""
+    from data.image import DEFAULT_FIT
+    from generate import Sampling, generate
+    from inference.chat import ChatSession, Conversation
+    from inference.fast_decode import FastDecoder
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    model, config, tokenizer = read_settings(args)
+    conversation = Conversation(config, tokenizer, args.fit or DEFAULT_FIT[config.variant])
+    for path in args.image:
+        conversation.add_image(path)
+    if args.video is not None:
+        conversation.add_video(args.video, args.fps, args.max_frames)
+    max_length = config.llama.context
+    if args.prompt is not None:
+        conversation.ask(args.prompt)
+        max_length = min(max_length, len(conversation.prompt_ids) + args.max_new_tokens)
+    model = load(args, model, tokenizer)
 
     # Select the decoding loop. A compiled step is compiled now, not during the first answer.
-    is_fast = device.type == "cuda" or args.compile
+    is_fast = model.llama.embed_tokens.weight.is_cuda or args.compile
     decode = FastDecoder(model, compile=args.compile).generate if is_fast else partial(generate, model)
     cache = model.llama.make_cache(1, max_length)
     session = ChatSession(
@@ -201,6 +257,45 @@ def print_answer(session: ChatSession) -> None:
                 print(escape_controls(text), end="", flush=True)
     finally:
         print(flush=True)
+
+
+def print_choices(session: ChatSession, choices: list[str]) -> None:
+    """Prints the probabilities of answers to the last question."""
+    from inference.batch import choice_probabilities, score_choices
+
+    chat = session.conversation
+    with user_errors():
+        messages = [chat.messages[:-1]]  # without the answer
+        [scores] = score_choices(session.model, chat.tokenizer, messages, chat.images, choices=[choices])
+    for choice, p, score in zip(choices, choice_probabilities(scores), scores):
+        print(f"{escape_controls(choice)}\t{p:.4f}\t{score.log_p:.3f}")
+
+
+def answer_questions(args: argparse.Namespace) -> None:
+    """Answers the rows of --questions that --out does not have yet."""
+    from data.image import DEFAULT_FIT
+    from inference.rows import AnswerFile, RowReader, answer_columns, answer_rows, read_rows
+
+    with user_errors():
+        model, config, tokenizer = read_settings(args)
+        rows = read_rows(args.questions, needs_prompt=args.prompt is None)
+        # All that the answers depend on.
+        fit = args.fit or DEFAULT_FIT[config.variant]
+        options = {name: getattr(args, name) for name in ("prompt", "choices", "fps", "max_frames")}
+        names = ("max_new_tokens", "dtype", "quantize")
+        settings = options | {"fit": fit} | {name: getattr(args, name) for name in names}
+        paths = {"questions": args.questions, "weights": args.weights or TINY_FOLDER, "adapter": args.adapter}
+        settings |= {name: path and str(path.resolve()) for name, path in paths.items()}
+        with AnswerFile(args.out, rows, answer_columns(args.choices), settings) as file:
+            n_new = len(rows) - file.n_done
+            if n_new < len(rows):
+                log(f"{printable(args.out)} has {file.n_done} of {len(rows)} rows already")
+            if n_new == 0:
+                return
+            model = load(args, model, tokenizer)
+            reader = RowReader(model, tokenizer, args.questions.parent, fit, **options)
+            n_broken = answer_rows(reader, rows, file, batch_size=args.batch, max_new_tokens=args.max_new_tokens)
+    log(f"{n_new - n_broken} rows answered, {n_broken} broken" + (' (see the column "error")' if n_broken else ""))
 
 
 def chat(session: ChatSession) -> None:
@@ -252,10 +347,16 @@ def read_line() -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
+    if args.questions is not None:
+        answer_questions(args)
+        return
     with user_errors():
         session = build_session(args)
     if args.prompt is None:
         chat(session)
+        return
+    if args.choices is not None:
+        print_choices(session, args.choices)
         return
     print_answer(session)
     if args.explain is not None:

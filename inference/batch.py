@@ -1,13 +1,15 @@
-"""Batches of prompts: generated answers, or the most probable of given choices.
+"""Batches of prompts: generated answers, or the log-probabilities of given choices.
 
     prompts, images --encode_prompt, pad--> ids [B, T], padded on the right
-        | ask                  decodes, all rows at once
-        | log_probabilities    of given answers, in one forward pass
-        | choose               the most probable of given answers
+        | ask              decodes, all rows at once
+        | score_choices    one forward pass; the log-probability of each choice
+        | choose           the choice with the highest one
 
 A row does not depend on the others up to rounding: attention is causal, so no token attends to padding, and each row
 is read out at its own last token.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,24 @@ Messages = str | list[str]  # a question; or a conversation, questions and answe
 
 def count_placeholders(messages: Messages) -> int:
     return len(IMAGE_PLACEHOLDER.findall("".join(messages)))
+
+
+def place_images(prompt: str, sources: list[Tensor]) -> tuple[str, list[Tensor]]:
+    """Returns the prompt with a placeholder per image, and the images [3, S, S] in the order of their placeholders.
+
+    sources: images [3, S, S] and videos [n_frames, 3, S, S]. The first placeholder in the prompt stands for the first
+    source, and so on; sources without one come before the text. A video's placeholder is repeated for each frame.
+    Raises ValueError if there are more placeholders than sources.
+    """
+    n_placeholder, n_source = count_placeholders(prompt), len(sources)
+    if n_placeholder > n_source:
+        raise ValueError(f"the prompt has {n_placeholder} image placeholders, but there are {n_source} images")
+    sources = sources[n_placeholder:] + sources[:n_placeholder]
+    frames = [[source] if source.ndim == 3 else list(source) for source in sources]
+    numbers = iter(map(len, frames))
+    prompt = "<image>" * (n_source - n_placeholder) + prompt
+    prompt = IMAGE_PLACEHOLDER.sub(lambda _: "<image>" * next(numbers), prompt)
+    return prompt, [image for images in frames for image in images]
 
 
 def encode_prompt(messages: Messages, model: Owl, tokenizer: Tokenizer, space: bool = False) -> list[int]:
@@ -74,27 +94,42 @@ def ask(
 def choose(
     model: Owl, tokenizer: Tokenizer, questions: list[Messages], images: list[Tensor], *, choices: list[list[str]]
 ) -> list[str]:
-    """Returns the most probable choice of each question, as log_probabilities has them. images: as in ask."""
-    scores = log_probabilities(model, tokenizer, questions, images, answers=choices)
-    return [max(zip(texts, row), key=lambda choice: choice[1][0])[0] for texts, row in zip(choices, scores)]
+    """Returns the most probable choice of each question. Parameters and errors: as in score_choices."""
+    scores = score_choices(model, tokenizer, questions, images, choices=choices)
+    return [max(zip(texts, row), key=lambda choice: choice[1].log_p)[0] for texts, row in zip(choices, scores)]
+
+
+class Score(NamedTuple):
+    """Of a choice. Greedy: each of its tokens is the most probable one, so greedy decoding would begin with it."""
+
+    log_p: float
+    is_greedy: bool
+
+
+def choice_probabilities(scores: list[Score]) -> list[float]:
+    """Returns the probabilities of the choices of one question, given that the answer is one of them: their softmax."""
+    return torch.tensor([score.log_p for score in scores], dtype=torch.float64).softmax(dim=0).tolist()
 
 
 @torch.inference_mode()
-def log_probabilities(
-    model: Owl, tokenizer: Tokenizer, questions: list[Messages], images: list[Tensor], *, answers: list[list[str]]
-) -> list[list[tuple[float, bool]]]:
-    """Returns for each answer to each question (the sum of its tokens' log-probabilities, whether it is greedy).
+def score_choices(
+    model: Owl, tokenizer: Tokenizer, questions: list[Messages], images: list[Tensor], *, choices: list[list[str]]
+) -> list[list[Score]]:
+    """Returns the log-probability of each choice of each question: that the answer begins with the choice's tokens.
 
-    Greedy: each of its tokens is the most probable one, so that greedy decoding would begin with this answer.
-    The last token of an answer is predicted, but not part of the input. So "A", "B" and "C", one token each, share one
+    It is the sum of the tokens' log-probabilities, not their mean, and </s> is not part of a choice. So of choices
+    with different lengths the longer ones tend to be less probable.
+
+    The last token of a choice is predicted, but not part of the input. So "A", "B" and "C", one token each, share one
     row, the prompt; "the cat" and "the dog" share another, the prompt and "the". images: as in ask.
+    Raises ValueError if a prompt with a choice exceeds the context.
     """
     rows, row_images, images = [], [], iter(images)
-    predicted = []  # per answer: (row, position, token predicted there) of each of its tokens
-    for question, texts in zip(questions, answers):
+    predicted = []  # per choice: (row, position, token predicted there) of each of its tokens
+    for question, texts in zip(questions, choices):
         prompt = encode_prompt(question, model, tokenizer)
         own_images = [next(images) for _ in range(count_placeholders(question))]
-        row_of = {}  # all tokens of an answer but the last -> row
+        row_of = {}  # all tokens of a choice but the last -> row
         for tokens in map(tokenizer.encode, texts):
             start = tuple(tokens[:-1])
             if start not in row_of:
@@ -102,12 +137,15 @@ def log_probabilities(
                 rows.append(prompt + tokens[:-1])
                 row_images += own_images
             predicted.append([(row_of[start], len(prompt) - 1 + i, token) for i, token in enumerate(tokens)])
+    longest, context = max(map(len, rows)), model.config.llama.context
+    if longest > context:
+        raise ValueError(f"a prompt and a choice have {longest} tokens, but the model's context is {context}")
 
-    # One forward pass; logits only at the positions that predict an answer's token.
+    # One forward pass; logits only at the positions that predict a choice's token.
     ids, stacked, _ = pad(rows, row_images, model)
     x, modality = model.embed(ids, stacked)
     row, position, token = zip(*(entry for entries in predicted for entry in entries))
-    x = model.llama(x, modality)[row, position]  # [number of tokens in all answers, n_embd]
+    x = model.llama(x, modality)[row, position]  # [number of tokens in all choices, n_embd]
     logits = model.llama.lm_head(x).float()
     log_p = logits.log_softmax(dim=-1)[range(len(token)), token]
     if not log_p.isfinite().all():
@@ -115,5 +153,5 @@ def log_probabilities(
     is_greedy = logits.argmax(dim=-1).cpu() == torch.tensor(token)
     lengths = [len(entries) for entries in predicted]
     parts = zip(log_p.cpu().split(lengths), is_greedy.split(lengths))
-    scores = iter([(part.sum().item(), greedy.all().item()) for part, greedy in parts])
-    return [[next(scores) for _ in texts] for texts in answers]
+    scores = iter([Score(part.sum().item(), bool(greedy.all())) for part, greedy in parts])
+    return [[next(scores) for _ in texts] for texts in choices]

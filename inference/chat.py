@@ -26,7 +26,9 @@ from torch import Tensor
 
 from data.image import load_image, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer, expand_images, render_prompt
+from data.video import read_frames
 from generate import Sampling
+from inference.batch import place_images
 from llama import KVCache
 from model import IMAGE_TOKEN_ID, Owl, OwlConfig
 
@@ -42,7 +44,7 @@ class Conversation:
     fit: str  # how an image becomes a square (data/image.py)
     messages: list[str] = field(default_factory=list)  # questions and answers in turn; "" if not generated yet
     images: list[Tensor] = field(default_factory=list)  # [3, S, S] float32 each, in the order of their placeholders
-    pending: list[Tensor] = field(default_factory=list)  # images of the next question
+    pending: list[Tensor] = field(default_factory=list)  # of the next question: images; videos [n_frames, 3, S, S]
     prompt_ids: list[int] = field(default_factory=list)  # up to the last question; n_query + 1 placeholders per image
 
     def reset(self) -> None:
@@ -53,6 +55,11 @@ class Conversation:
         """Adds an image to the next question. Raises ValueError or OSError if it cannot be read."""
         self.pending.append(to_pixels(load_image(path), self.config.image_size, self.fit))
 
+    def add_video(self, path: str, fps: float, max_frames: int) -> None:
+        """Adds frames of a video to the next question. Raises ValueError or OSError if it cannot be read."""
+        frames = read_frames(path, fps, max_frames)
+        self.pending.append(torch.stack([to_pixels(frame, self.config.image_size, self.fit) for frame in frames]))
+
     def ask(self, question: str) -> None:
         """Adds a question with the pending images; those without a placeholder come before its text.
 
@@ -61,12 +68,7 @@ class Conversation:
         """
         # Input that is not valid UTF-8 arrives as lone surrogates, which cannot be tokenized.
         question = question.encode(errors="replace").decode()
-        n_placeholder = len(IMAGE_PLACEHOLDER.findall(question))
-        n_image = len(self.pending)
-        if n_placeholder > n_image:
-            raise ValueError(f"the prompt has {n_placeholder} image placeholders, but there are {n_image} images")
-        question = "<image>" * (n_image - n_placeholder) + question
-
+        question, images = place_images(question, self.pending)
         ids = render_prompt([*self.messages, question, None], self.tokenizer, self.config.variant)
         ids, _ = expand_images(ids, None, self.config.n_visual_tokens)
         context = self.config.llama.context
@@ -75,7 +77,7 @@ class Conversation:
             raise ValueError(f"{size}, but the model's context is {context} (in a chat, /reset starts a new one)")
         self.messages += [question, ""]
         self.prompt_ids = ids
-        self.images += self.pending[n_placeholder:] + self.pending[:n_placeholder]
+        self.images += images
         self.pending = []
 
     def set_answer(self, text: str) -> None:

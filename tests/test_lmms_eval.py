@@ -17,7 +17,7 @@ from PIL import Image
 from conftest import GOLDEN, ROOT, make_config, make_owl
 from data.image import load_image, to_pixels
 from generate import Sampling, generate
-from inference.batch import encode_prompt, log_probabilities
+from inference.batch import encode_prompt, score_choices
 from weights import save_model
 
 SIZE = 28
@@ -173,7 +173,7 @@ def test_scores_equal_a_plain_loop(module, weights):
     questions = ["<image>" * len(document["images"]) + document["question"] for document in documents]
     pixels = [to_pixels(image, SIZE, lm.fit) for document in documents for image in document["images"]]
     for document, texts, row in zip(
-        documents, lists, log_probabilities(lm.model, lm.tokenizer, questions, pixels, answers=lists)
+        documents, lists, score_choices(lm.model, lm.tokenizer, questions, pixels, choices=lists)
     ):
         for text, (log_p, greedy) in zip(texts, row):
             reference = plain_score(lm, document, text)

@@ -7,7 +7,7 @@ All flags are those of lmms-eval; --model_args has the arguments of OwletModel. 
 
     document --doc_to_visual--> PIL images --to_pixels--> [3, S, S] each --+
                                                                            +--> ask                 answers
-    context --add_placeholders--> question with <image> placeholders ------+--> log_probabilities   scores
+    context --add_placeholders--> question with <image> placeholders ------+--> score_choices       scores
 
 A document's text is one question, in the model's own prompt format, and its images come before the text unless the
 text has as many placeholders (<image>) as there are images. A prompt that exceeds the model's context is left out with
@@ -29,7 +29,7 @@ from common.files import printable
 from data.image import DEFAULT_FIT, FITS, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer
 from generate import Sampling
-from inference.batch import ask, count_placeholders, encode_prompt, log_probabilities
+from inference.batch import ask, count_placeholders, encode_prompt, score_choices
 from inference.loading import load_for_inference
 from sample import TINY_FOLDER
 
@@ -137,7 +137,7 @@ class OwletModel(lmms):
             for batch in self.batches(entries, answers):
                 indices, questions, images = unzip(batch)
                 texts = [answers[n] for n in indices]
-                rows = log_probabilities(self.model, self.tokenizer, questions, images, answers=texts)
+                rows = score_choices(self.model, self.tokenizer, questions, images, choices=texts)
                 for n, row in zip(indices, rows):
                     for i, score in zip(members[n], row):
                         scores[i] = score
