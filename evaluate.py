@@ -42,7 +42,7 @@ from data.conversations import Conversations, SampleSpec
 from data.image import DEFAULT_FIT, FITS
 from data.text import Tokenizer
 from evaluation.benchmarks import BENCHMARKS
-from evaluation.html_report import format_number, report_page, write_page
+from evaluation.html_report import report_page, write_page
 from evaluation.owleval import PUBLISHED_FILES, count_ratings, rating_page, read_published
 from evaluation.qa_file import answer_lines, check_out, count_table, read_cases
 from evaluation.question import shuffle_images
@@ -158,17 +158,18 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
         title = benchmark.title if args.images == "right" else f"{benchmark.title} (images: {args.images})"
         print(f"{title}\n{printable(args.weights)}, {len(results):,} answers\n")
         for name, number in numbers.items():
-            print(f"{printable(name):<40} {format_number(number):>10}")
+            print(f"{printable(name):<40} {number}, n = {number.n:,}")
         if not args.out:
             return
         out = Path(args.out)
         write_results(out, results, numbers, record)
         if args.images == "blank":
             results = [(replace(question, images=[]), answer, score) for question, answer, score in results]
-        page = report_page(title, numbers, results, record, folder=folder, seed=args.seed)
+        where = {"weights": str(args.weights), "folder": folder, "seed": args.seed}
+        page = report_page(title, numbers, results, record, **where)
         write_page(out / "index.html", page)
         if published:
-            page = rating_page(results, published, weights=str(args.weights), folder=folder, seed=args.seed)
+            page = rating_page(results, published, **where)
             write_page(out / "rate.html", page)
 
 

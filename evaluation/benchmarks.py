@@ -7,7 +7,7 @@
                                          | Benchmark.score        of each answer             (scoring.py)
                                          | Benchmark.summarize    the official numbers       (scoring.py)
                                          v
-                                       {"accuracy": 64.5, ...}
+                                       {"accuracy": 64.5 % of 500, ...}
 
 docs/evaluation.md lists the files of each benchmark and where its prompt comes from. To add a benchmark, write a reader
 that yields its questions and an entry in BENCHMARKS.
@@ -27,6 +27,7 @@ from pathlib import Path, PurePath
 import evaluation.scoring as scoring
 from data import CAPTION_REQUEST
 from data.text import IMAGE_PLACEHOLDER
+from evaluation.metrics import Number
 from evaluation.question import Question, Results
 from common.files import check_file, reading
 
@@ -47,7 +48,7 @@ class Benchmark:
     url: str  # where its files are published
     read_questions: Callable[[Path], Iterator[Question]]
     score: scoring.Score
-    summarize: Callable[[Results], dict[str, float]] = scoring.mean_accuracy
+    summarize: Callable[[Results], dict[str, Number]] = scoring.mean_accuracy
     min_new_tokens: int = 1
     max_new_tokens: int = 10  # 0: the answer is the most probable of Question.choices
 

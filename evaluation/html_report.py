@@ -1,4 +1,4 @@
-"""index.html, the page of a benchmark run: its numbers, and some right and wrong answers with their images.
+"""index.html, the page of a benchmark run: model, date, numbers, and some right and wrong answers with their images.
 
 A page is one file that loads nothing. All text comes from data sets and models and is not trusted: it is escaped, and
 the Content-Security-Policy forbids scripts (except the few lines of OwlEval's rating page) and network access.
@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from data.text import IMAGE_PLACEHOLDER
+from evaluation.metrics import Number
 from evaluation.question import ImageSource, Question, Results
 from evaluation.results import write_text
 from evaluation.runner import open_image
@@ -30,7 +31,9 @@ HEAD = """<!doctype html>
 :root { color-scheme: light dark }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 75rem; margin: 1rem auto; padding: 0 1rem }
 table { border-collapse: collapse } td { padding: .1rem 1.5rem .1rem 0; vertical-align: top }
-td + td { text-align: right; font-variant-numeric: tabular-nums }
+th { text-align: left; font-weight: normal; opacity: .75; padding-right: 1.5rem }
+td + td { font-variant-numeric: tabular-nums } .score { font-size: 1.6rem; font-weight: bold }
+.table { overflow-x: auto }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
 .card { border: 1px solid #8888; border-radius: .5rem; padding: .7rem; min-width: 0 }
 .right { border-left: .4rem solid #2a9d4a } .wrong { border-left: .4rem solid #d1453b }
@@ -72,8 +75,14 @@ def sample_results(results: Results, n: int, seed: int) -> Results:
     return [result for turn in zip_longest(*shuffled) for result in turn if result is not None][:n]
 
 
-def format_number(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:,.2f}"
+def number_table(numbers: dict[str, Number]) -> str:
+    """Returns the first number in large print, and a table of all."""
+    name, first = next(iter(numbers.items()))
+    html = [f'<p class="score">{escape(name)}: {escape(str(first))}</p><div class="table"><table>']
+    html.append("<tr><th></th><th>number (95 % confidence interval)</th><th>n</th></tr>")
+    for name, number in numbers.items():
+        html.append(f"<tr><td>{escape(name)}</td><td>{escape(str(number))}</td><td>{number.n:,}</td></tr>")
+    return "".join(html) + "</table></div>"
 
 
 def format_truth(truth: object) -> str:
@@ -90,15 +99,15 @@ def end_of_prompt(question: Question) -> str:
 
 
 def report_page(
-    title: str, numbers: dict[str, float], results: Results, record: dict, *, folder: Path, seed: int
+    title: str, numbers: dict[str, Number], results: Results, record: dict, *, weights: str, folder: Path, seed: int
 ) -> str:
     """Returns index.html: the numbers, right and wrong answers (or those without a score), and run.json's content.
 
-    folder: of the images. Raises ValueError for an image that cannot be read.
+    record: that content. weights: the model's name. folder: of the images. Raises ValueError for an image that cannot be read.
     """
     by_id = {question.id: question for question, _, _ in results}
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{format_number(number)}</td></tr>" for k, number in numbers.items())
-    html = [page_head(title), f"<h1>{escape(title)}</h1><table>{rows}</table>"]
+    about = f"{weights}, {record['starts'][-1]['date']:.10}, {len(results):,} answers"
+    html = [page_head(title), f"<h1>{escape(title)}</h1><p>{escape(about)}</p>{number_table(numbers)}"]
     sections = {
         "Right": [result for result in results if result[2] is not None and result[2] >= 0.5],
         "Wrong": [result for result in results if result[2] is not None and result[2] < 0.5],
@@ -108,14 +117,15 @@ def report_page(
         if not section:
             continue
         examples = sample_results(section, N_EXAMPLES, seed)
-        html.append(f'<h2>{name}: {len(examples):,} of {len(section):,}</h2><div class="cards">')
+        html.append(f"<h2>{name}: {len(section):,} of {len(results):,} ({len(examples):,} shown)</h2>")
+        html.append('<div class="cards">')
         for question, answer, score in examples:
             html.append(f'<div class="card {name.lower()}">')
             turns = [by_id[id] for id in [*question.before, question.id]]  # images of the whole conversation
             html += [thumbnail(source, folder, turn.id, size=240) for turn in turns for source in turn.images]
             html.append(f'<p class="prompt">{escape(end_of_prompt(question))}</p><p><b>{escape(answer)}</b></p>')
             if question.truth is not None:
-                html.append(f"<p>right: {escape(format_truth(question.truth))}</p>")
+                html.append(f"<p>truth: {escape(format_truth(question.truth))}</p>")
             notes = [question.group, "" if score in (None, 0, 1) else f"score {score:.2f}", question.id]
             html.append(f"<small>{escape(' | '.join(note for note in notes if note))}</small></div>")
         html.append("</div>")

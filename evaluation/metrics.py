@@ -3,6 +3,7 @@
     answer    --normalize_answer--> compared with ten people's answers --> VQA accuracy   vqa_accuracy
     captions  --ptb_tokens--------> n-grams of 1 to 4 words, tf-idf -----> CIDEr-D        cider
     yes or no ----------------------------------------------------------> POPE, MME      pope_scores, mme_scores
+    a share of n answers ------------------------------------------------> its interval   wilson_interval
 
 Published numbers are comparable only if every detail is the official one, so details that look like mistakes are
 intended: a full stop that depends on the next caption, a verbatim answer of ten people that counts as wrong.
@@ -12,8 +13,47 @@ Plain Python, without torch.
 import math
 import re
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 from evaluation.ptb_tokenizer import check_texts, ptb_tokens
+
+# --- a number of a report --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a report: 64.5 % of 500 answers, 1450.19 of 2000 points."""
+
+    value: float
+    n: int  # answers (or images, or questions with all their rotations) that it is computed from
+    unit: str = "%"
+    maximum: float | None = None  # where the unit does not imply it
+    interval: tuple[float, float] | None = None  # 95 % confidence interval, in the same unit
+
+    def __str__(self) -> str:
+        value = f"{self.value:,}" if isinstance(self.value, int) else f"{self.value:,.2f}"
+        maximum = f" of {self.maximum:,}" if self.maximum else ""
+        interval = f" ({self.interval[0]:.2f} to {self.interval[1]:.2f})" if self.interval else ""
+        return f"{value}{maximum} {self.unit}".rstrip() + interval
+
+
+def percent(total: float, n: int) -> Number:
+    """Returns total / n in percent with its Wilson interval. total: the sum of n scores of 0 to 1."""
+    low, high = wilson_interval(total / n, n) if n else (0.0, 1.0)
+    return Number(100 * total / n if n else 0.0, n, interval=(100 * low, 100 * high))
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Returns the 95 % Wilson score interval of a share of n independent answers, both 0 to 1.
+
+    Unlike the normal approximation it is not empty at 0 and 1. For scores between 0 and 1 (VQA accuracy), whose
+    variance is at most that of right and wrong answers of the same mean, it is wider than necessary.
+    """
+    z = 1.959964  # 97.5 % of a normal distribution lie below
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
 
 # --- VQA accuracy ----------------------------------------------------------------------------------------------------
 

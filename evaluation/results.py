@@ -22,6 +22,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from io import FileIO
 from pathlib import Path
@@ -38,6 +39,7 @@ import sentencepiece
 import torch
 
 from evaluation.benchmarks import MAX_FILE, get, in_row, read_field
+from evaluation.metrics import Number
 from evaluation.question import Question, Results
 from common.files import read_bytes, reading, writing
 from inference.adapter import FILES as ADAPTER_FILES
@@ -224,12 +226,13 @@ def append_answer(file: FileIO, turns: list[Question], answer: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
-def write_results(out: Path, results: Results, numbers: dict[str, float], record: dict) -> None:
+def write_results(out: Path, results: Results, numbers: dict[str, Number], record: dict) -> None:
     """Writes answers.jsonl and results.json of a finished run."""
     lines = []
     for question, answer, score in results:
         row = {"id": question.id, "prompt": question.prompt, "answer": answer, "truth": question.truth}
         lines.append(json.dumps(row | {"group": question.group, "score": score}) + "\n")
     write_text(out / "answers.jsonl", "".join(lines))
-    content = {"task": record["settings"]["task"], "answers": len(results), "numbers": numbers} | record
+    content = {"task": record["settings"]["task"], "answers": len(results)}
+    content |= {"numbers": {name: asdict(number) for name, number in numbers.items()}} | record
     write_text(out / "results.json", json.dumps(content, indent=1) + "\n")

@@ -1,17 +1,17 @@
 """From answers to scores, and from the scores of all questions to a benchmark's official numbers.
 
     answers, questions --score------> one score per answer, 0 to 1 (CIDEr: to 10), None where there is no truth
-    results            --summarize--> {"accuracy": 64.5, ...}, in percent
+    results            --summarize--> {"accuracy": 64.5 % of 500 answers, 60.2 to 68.6, ...}   (Number, metrics.py)
 
 A split whose truth is not published gets scores of None, and its summary is the number of answers.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from statistics import fmean
 
-from evaluation.metrics import cider, mme_scores, pope_scores, vqa_accuracy
+from evaluation.metrics import Number, cider, mme_scores, percent, pope_scores, vqa_accuracy
 from evaluation.question import Question, Results
 
 Score = Callable[[list[str], list[Question]], list[float | None]]
@@ -83,21 +83,21 @@ def caption_score(answers: list[str], questions: list[Question]) -> list[float]:
 # --- summarize: results to official numbers --------------------------------------------------------------------------
 
 
-def mean_accuracy(results: Results) -> dict[str, float]:
+def mean_accuracy(results: Results) -> dict[str, Number]:
     """Returns the mean score, and the mean of each group if there are several."""
     groups = defaultdict(list)
     for question, _, score in results:
         if score is not None:
             groups[question.group].append(score)
     if not groups:
-        return {"answers without a published truth": len(results)}
-    numbers = {"accuracy": 100 * fmean([score for scores in groups.values() for score in scores])}
+        return count_answers(results, "answers without a published truth")
+    numbers = {"accuracy": percent(sum(map(sum, groups.values())), sum(map(len, groups.values())))}
     if len(groups) > 1:
-        numbers |= {f"accuracy, {group}": 100 * fmean(groups[group]) for group in sorted(groups)}
+        numbers |= {f"accuracy, {group}": percent(sum(groups[group]), len(groups[group])) for group in sorted(groups)}
     return numbers
 
 
-def circular_accuracy(results: Results) -> dict[str, float]:
+def circular_accuracy(results: Results) -> dict[str, Number]:
     """MMBench: a question counts as right if the answers to all rotations of its options are right."""
     if any(score is None for _, _, score in results):
         return mean_accuracy(results)  # the server groups the rotations
@@ -107,33 +107,50 @@ def circular_accuracy(results: Results) -> dict[str, float]:
     return mean_accuracy([min(group, key=lambda result: result[2]) for group in rotations.values()])
 
 
-def mean_cider(results: Results) -> dict[str, float]:
-    return {"CIDEr": 100 * fmean(score for _, _, score in results)}
+def mean_cider(results: Results) -> dict[str, Number]:
+    return {"CIDEr": Number(100 * fmean(score for _, _, score in results), len(results), unit="")}
 
 
-def mme_summary(results: Results) -> dict[str, float]:
+def mme_summary(results: Results) -> dict[str, Number]:
     """acc counts questions, acc+ counts images with both questions right; a part's points are the sum of both."""
     scores = mme_scores([(question.group, question.images[0], score == 1) for question, _, score in results])
     numbers = {}
+    n_asked = Counter(question.group for question, _, _ in results)
     for part, categories in MME_CATEGORIES.items():
-        numbers[part] = sum(scores[category]["score"] for category in categories if category in scores)
-    for category in scores:
-        numbers[f"{category} acc"] = 100 * scores[category]["acc"]
-        numbers[f"{category} acc+"] = 100 * scores[category]["acc_plus"]
+        categories = [category for category in categories if category in scores]
+        points = sum(scores[category]["score"] for category in categories)
+        n = sum(n_asked[category] for category in categories)
+        numbers[part] = Number(points, n, unit="points", maximum=200 * len(categories))
+        for category in categories:
+            n = n_asked[category]
+            numbers[f"{part}, {category} acc"] = percent(scores[category]["acc"] * n, n)
+            numbers[f"{part}, {category} acc+"] = percent(scores[category]["acc_plus"] * (n // 2), n // 2)
     return numbers
 
 
-def pope_summary(results: Results) -> dict[str, float]:
-    """Returns POPE's scores for each of its three ways of sampling absent objects."""
-    numbers = {}
+def pope_summary(results: Results) -> dict[str, Number]:
+    """Returns POPE's scores for each of its three ways of sampling absent objects, and first their averages.
+
+    The averages have no interval: the three files share images and questions, so their answers are not independent.
+    """
+    files: dict[str, dict[str, Number]] = {}
     for group in sorted({question.group for question, _, _ in results}):
         asked = [(question, answer) for question, answer, _ in results if question.group == group]
         predicted = [is_affirmative(answer) for _, answer in asked]
         truth = [question.truth == "yes" for question, _ in asked]
-        numbers |= {f"{name}, {group}": 100 * number for name, number in pope_scores(predicted, truth).items()}
-    return numbers
+        n_of = {"precision": sum(predicted), "recall": sum(truth)}  # the others: of all questions
+        files[group] = {
+            name: Number(100 * score, len(asked)) if name == "f1" else percent(score * n, n)
+            for name, score in pope_scores(predicted, truth).items()
+            for n in [n_of.get(name, len(asked))]
+        }
+    numbers = {}
+    if len(files) > 1:
+        for name in next(iter(files.values())):
+            numbers[f"{name}, average"] = Number(fmean(file[name].value for file in files.values()), len(results))
+    return numbers | {f"{name}, {group}": number for group, file in files.items() for name, number in file.items()}
 
 
-def count_answers(results: Results) -> dict[str, float]:
-    """OwlEval: people rate the answers, from A to D."""
-    return {"answers for people to rate": len(results)}
+def count_answers(results: Results, name: str = "answers for people to rate") -> dict[str, Number]:
+    """Returns the number of answers, where there is no other: OwlEval's are rated by people, from A to D."""
+    return {name: Number(len(results), len(results), unit="answers")}

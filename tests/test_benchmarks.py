@@ -18,9 +18,9 @@ from PIL import Image
 
 from data.image import load_image
 from evaluation.benchmarks import BENCHMARKS, read_table
-from evaluation.metrics import cider
+from evaluation.metrics import cider, percent
 from evaluation.question import Question
-from evaluation.scoring import find_letter
+from evaluation.scoring import MME_CATEGORIES, find_letter
 
 FIXTURES = Path(__file__).parent / "fixtures" / "benchmarks"
 EXPECTED = json.loads((FIXTURES.parent / "questions.json").read_text(encoding="utf-8"))
@@ -50,9 +50,13 @@ def read(folder):
     return lambda name: BENCHMARKS[name].read(folder(name))
 
 
-def summary(name, questions, answers):
+def numbers_of(name, questions, answers):
     scores = BENCHMARKS[name].score(answers, questions)
     return BENCHMARKS[name].summarize(list(zip(questions, answers, scores, strict=True)))
+
+
+def summary(name, questions, answers):
+    return {key: number.value for key, number in numbers_of(name, questions, answers).items()}
 
 
 # --- All benchmarks -------------------------------------------------------------------------------
@@ -237,6 +241,28 @@ def test_summary(read, name, answers, expected):
     assert summary(name, read(name), answers) == pytest.approx(expected)
 
 
+def test_numbers_say_what_they_are_computed_from(read):
+    """MME: points and their maximum by part, then its categories; POPE: precision of the answers yes."""
+    questions = read("mme")
+    numbers = numbers_of("mme", questions, ["yes"] * len(questions))
+    n = [sum(q.group in group for q in questions) for group in MME_CATEGORIES.values()]
+    assert str(numbers["perception"]) == "500.00 of 2,000 points" and numbers["perception"].n == n[0]
+    assert str(numbers["cognition"]) == "200.00 of 800 points" and numbers["cognition"].n == n[1]
+    names = list(numbers)
+    parts = [name.split(",")[0] for name in names]
+    assert parts == sorted(parts, reverse=True) and names[0] == "perception" and set(parts) == {*MME_CATEGORIES}
+    color, both = numbers["perception, color acc"], numbers["perception, color acc+"]
+    assert color == percent(color.n / 2, color.n) and both.n == color.n / 2
+
+    questions = read("pope")
+    numbers = numbers_of("pope", questions, ["yes", "no", "yes", "yes", "no", "no"])
+    assert numbers["precision, popular"] == percent(1, 2) and numbers["recall, popular"] == percent(1, 1)
+    assert numbers["precision, adversarial"].n == 0 and numbers["f1, popular"].interval is None
+    assert numbers["accuracy, average"].n == 6 and numbers["accuracy, average"].interval is None
+    assert str(numbers_of("vizwiz", read("vizwiz"), ["beans"])["accuracy"]) == "100.00 % (20.65 to 100.00)"
+    assert str(numbers_of("owleval", read("owleval"), ["a", "b", "c"])["answers for people to rate"]) == "3 answers"
+
+
 @pytest.mark.parametrize("name", ["vqav2-testdev", "vizwiz-test", "mmbench-test", "mmbench-test-cn", "qbench-test"])
 def test_split_without_truth_is_asked_but_not_scored(read, name):
     questions = read(name)
@@ -325,10 +351,11 @@ def test_mme_score(read):
 def test_mme_summary(read):
     questions = read("mme")
     numbers = summary("mme", questions, ["yes"] * len(questions))
-    assert numbers["perception"] == 500.0 and numbers["OCR acc"] == 50.0 and numbers["OCR acc+"] == 0.0
+    assert numbers["perception"] == 500.0 and numbers["cognition"] == 200.0
+    assert numbers["perception, OCR acc"] == 50.0 and numbers["perception, OCR acc+"] == 0.0
     answers = ["no" if question.id == "color/0002/0" else question.truth for question in questions]
     numbers = summary("mme", questions, answers)
-    assert numbers["color acc"] == 75.0 and numbers["color acc+"] == 50.0
+    assert numbers["perception, color acc"] == 75.0 and numbers["perception, color acc+"] == 50.0
     assert numbers["perception"] == 2000.0 - 75.0 and numbers["cognition"] == 800.0
 
 
@@ -352,6 +379,8 @@ def test_pope(read):
     popular = [50.0, 50.0, 100.0, 200 / 3, 100.0]
     assert [numbers[f"{name}, popular"] for name in names] == pytest.approx(popular)
     assert [numbers[f"{name}, adversarial"] for name in names] == [50.0, 0.0, 0.0, 0.0, 0.0]
+    assert list(numbers)[0] == "accuracy, average" and numbers["accuracy, average"] == pytest.approx(200 / 3)
+    assert numbers["f1, average"] == pytest.approx(500 / 9)  # of the three, not of all answers together
 
 
 # --- Text only ------------------------------------------------------------------------------------

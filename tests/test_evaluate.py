@@ -27,6 +27,7 @@ from data.image import load_image, to_pixels
 from data.text import OWL1_SYSTEM, Tokenizer, render_conversation
 from evaluation import html_report, results, runner
 from evaluation.html_report import report_page, sample_results
+from evaluation.metrics import Number, percent
 from evaluation.owleval import count_ratings, rating_page
 from evaluation.question import Question
 from evaluation.runner import Runner
@@ -643,7 +644,7 @@ def test_files_of_a_run(task, easy, tmp_path, monkeypatch):
     asked = {"id": "0", "prompt": "<image>Is number 0 red?", "answer": "Yes."}
     assert rows[0] == asked | {"truth": "yes", "group": "yes or no", "score": 1.0}
     assert asked in [json.loads(line) for line in saved_lines(tmp_path / "run")]
-    assert re.search(r"^accuracy +36\.00$", printed, re.M) and sum(row["score"] for row in rows) == 9  # of 25
+    assert re.search(r"^accuracy +36\.00 % \(\d+\.\d\d to \d+\.\d\d\), n = 25$", printed, re.M) and sum(row["score"] for row in rows) == 9  # of 25
     assert printed.startswith(main(*task(easy, None)))  # without the line of the page's path
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["settings"]["max_new_tokens"] == 10 and len(run["settings"]["sha256 of tokenizer.model"]) == 64
@@ -667,7 +668,7 @@ def test_strange_names_are_escaped(task, easy, weights, tmp_path):
 def test_finished_run_is_scored_again_without_asking(task, easy, finished, monkeypatch):
     monkeypatch.setattr(runner, "ask", None)
     monkeypatch.setattr(evaluate.BENCHMARKS["easy-vqa"], "score", lambda answers, questions: [1.0] * len(answers))
-    assert re.search(r"^accuracy +100\.00$", main(*task(easy, finished)), re.M)
+    assert re.search(r"^accuracy +100\.00 %", main(*task(easy, finished)), re.M)
     assert {row["score"] for row in read_jsonl(finished / "answers.jsonl")} == {1.0}
 
 
@@ -838,7 +839,8 @@ def test_pages_escape_all_text(folder):
     other = Question("8", "<image>" + EVIL, ["red.png"], EVIL)
     where = {"folder": folder, "seed": 0}
     rated = [(question, EVIL, 0.3), (other, "fine", 1.0)]
-    report = report_page(EVIL, {EVIL: 50.0}, rated, {EVIL: EVIL}, **where)
+    record = {EVIL: EVIL, "starts": [{"date": EVIL}]}
+    report = report_page(EVIL, {EVIL: Number(50.0, 2, unit=EVIL)}, rated, record, weights=EVIL, **where)
     rate = rating_page([(question, EVIL, None)], {"7" + EVIL: EVIL}, weights=EVIL, **where)
     allowed = {"alt", "charset", "class", "content", "http-equiv", "id", "lang", "name", "src", "type", "value"}
     for html, n_evil, n_script, n_img in ((report, 8, 0, 2), (rate, 3, 2, 1)):
@@ -861,10 +863,16 @@ def test_examples_on_a_page(folder):
     chosen = sample_results(answered, 24, seed=1)
     assert len(chosen) == 24 and sum(question.group == "small" for question, _, _ in chosen) == 3
     assert chosen == sample_results(answered, 24, seed=1) != sample_results(answered, 24, seed=2)
-    html = report_page("t", {"n": 1.0, "m": 1234}, answered, {}, folder=folder, seed=1)
-    assert "<td>1.00</td>" in html and "<td>1,234</td>" in html
+    answered += [(Question("w", "<image>?", [content], "a"), "b", 0.0)]
+    record = {"starts": [{"date": "2025-01-02T10:00:00+00:00"}, {"date": "2026-11-26T10:00:00+00:00"}]}
+    numbers = {"accuracy": percent(63, 64), "m": Number(1234, 64, unit="answers")}
+    html = report_page("Title", numbers, answered, record, weights="an-owl", folder=folder, seed=1)
+    text = " ".join(Elements(html).text.split())
+    assert text.index("an-owl, 2026-11-26, 64 answers") < text.index("accuracy: 98.44 % (91.67 to 99.72)")
+    assert "Right: 63 of 64 (24 shown)" in text and "Wrong: 1 of 64 (1 shown)" in text and "truth: a" in text
+    assert "<td>1,234 answers</td><td>64</td>" in html
     thumbnails = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", html)
-    assert len(thumbnails) == 24
+    assert len(thumbnails) == 24 + 1
     assert {load_image(base64.b64decode(text)).size for text in thumbnails} == {(240, 80)}
 
 

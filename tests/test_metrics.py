@@ -6,7 +6,7 @@ import time
 import pytest
 
 from conftest import GOLDEN
-from evaluation.metrics import cider, mme_scores, normalize_answer, vqa_accuracy
+from evaluation.metrics import cider, mme_scores, normalize_answer, percent, vqa_accuracy, wilson_interval
 from evaluation.ptb_tokenizer import ptb_tokens
 
 VQA = [json.loads(line) for line in (GOLDEN / "evaluate" / "vqa_accuracy.jsonl").read_text("utf-8").splitlines()]
@@ -134,3 +134,22 @@ def test_cider_is_zero_for_one_image_and_for_empty_captions():
 def test_wrong_arguments_raise_value_error(function, arguments):
     with pytest.raises(ValueError):
         function(*arguments)
+
+
+# --- Wilson's interval ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_right, n", [(0, 10), (1, 10), (5, 24), (500, 1000), (10, 10)])
+def test_wilson_interval_holds_the_shares_that_a_score_test_does_not_reject(n_right, n):
+    """Its ends are the two shares from which the measured one is exactly 1.96 standard errors away."""
+    low, high = wilson_interval(n_right / n, n)
+    assert 0 <= low <= n_right / n <= high + 1e-15 <= 1 + 1e-15
+    for end in (low, high):
+        assert abs(n_right / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, abs=1e-9)
+    assert (low == 0) == (n_right == 0) and (high > 1 - 1e-15) == (n_right == n)
+
+
+def test_percent():
+    number = percent(5, 24)
+    assert str(number) == "20.83 % (9.24 to 40.47)" and number.n == 24
+    assert percent(0, 0).interval == (0, 100) and str(percent(0.9 + 0.3, 2)).startswith("60.00 %")
