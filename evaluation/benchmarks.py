@@ -28,7 +28,7 @@ import evaluation.scoring as scoring
 from data import CAPTION_REQUEST
 from data.text import IMAGE_PLACEHOLDER
 from evaluation.metrics import Number
-from evaluation.question import Question, Results
+from evaluation.question import Question, Results, first_question
 from common.files import check_file, reading
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -51,6 +51,7 @@ class Benchmark:
     summarize: Callable[[Results], dict[str, Number]] = scoring.mean_accuracy
     min_new_tokens: int = 1
     max_new_tokens: int = 10  # 0: the answer is the most probable of Question.choices
+    unit_of: Callable[[Question], object] = first_question  # --limit keeps the questions of a unit together
 
     def read(self, folder: Path) -> list[Question]:
         """Reads all questions. Images are not opened, but exist and are below the folder.
@@ -453,6 +454,10 @@ mmbench = partial(read_mmbench, "mmbench_dev_en_20231003.tsv", PICK_LETTER)
 mmbench_cn = partial(read_mmbench, "mmbench_dev_cn_20231003.tsv", PICK_LETTER_CN)
 mmbench_test = partial(read_mmbench, "mmbench_test_en_20231003.tsv", PICK_LETTER)
 mmbench_test_cn = partial(read_mmbench, "mmbench_test_cn_20231003.tsv", PICK_LETTER_CN)
+mmbench_v11 = partial(read_mmbench, "MMBench_DEV_EN_V11.tsv", PICK_LETTER)
+mmbench_v11_cn = partial(read_mmbench, "MMBench_DEV_CN_V11.tsv", PICK_LETTER_CN)
+mmbench_v11_test = partial(read_mmbench, "MMBench_TEST_EN_V11.tsv", PICK_LETTER)
+mmbench_v11_test_cn = partial(read_mmbench, "MMBench_TEST_CN_V11.tsv", PICK_LETTER_CN)
 qbench, qbench_test = partial(read_qbench, "llvisionqa_dev.json"), partial(read_qbench, "llvisionqa_test.json")
 arc_c = partial(read_arc, "ARC-Challenge/ARC-Challenge-Test.jsonl")
 arc_e = partial(read_arc, "ARC-Easy/ARC-Easy-Test.jsonl")
@@ -461,11 +466,11 @@ arc_e = partial(read_arc, "ARC-Easy/ARC-Easy-Test.jsonl")
 vqa = partial(Benchmark, score=scoring.vqa_score)
 exact = partial(Benchmark, score=scoring.exact_match_score)
 letters = partial(Benchmark, score=scoring.letter_score)
-circular = partial(letters, summarize=scoring.circular_accuracy)
+circular = partial(letters, summarize=scoring.circular_accuracy, unit_of=scoring.mmbench_question)
 choices = partial(Benchmark, score=scoring.choice_score, max_new_tokens=0)
 captions = partial(Benchmark, score=scoring.caption_score, summarize=scoring.mean_cider)
 captions = partial(captions, min_new_tokens=8, max_new_tokens=60)
-mme = partial(Benchmark, score=scoring.mme_score, summarize=scoring.mme_summary)
+mme = partial(Benchmark, score=scoring.mme_score, summarize=scoring.mme_summary, unit_of=scoring.mme_image)
 pope = partial(Benchmark, score=scoring.pope_score, summarize=scoring.pope_summary)
 rated = partial(Benchmark, score=scoring.exact_match_score, summarize=scoring.count_answers, max_new_tokens=512)
 
@@ -484,6 +489,10 @@ ALL_BENCHMARKS = (
     circular("mmbench-cn", "MMBench dev in Chinese: accuracy", MMBENCH, mmbench_cn),
     circular("mmbench-test", "MMBench test: answers only", MMBENCH, mmbench_test),
     circular("mmbench-test-cn", "MMBench test in Chinese: answers only", MMBENCH, mmbench_test_cn),
+    circular("mmbench-v11", "MMBench V11 dev: accuracy", MMBENCH, mmbench_v11),
+    circular("mmbench-v11-cn", "MMBench V11 dev in Chinese: accuracy", MMBENCH, mmbench_v11_cn),
+    circular("mmbench-v11-test", "MMBench V11 test: answers only", MMBENCH, mmbench_v11_test),
+    circular("mmbench-v11-test-cn", "MMBench V11 test in Chinese: answers only", MMBENCH, mmbench_v11_test_cn),
     letters("seed", "SEED-Bench, questions on images: accuracy", SEED, read_seed),
     letters("scienceqa", "ScienceQA-IMG test: accuracy", SCIENCEQA, read_scienceqa),
     letters("qbench", "Q-Bench A1 dev: accuracy", QBENCH, qbench),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evaluation.benchmarks import get, in_row, read_field, read_lines
 from evaluation.html_report import end_of_prompt, page_head, thumbnail
-from evaluation.question import Question, Results
+from evaluation.question import Question, Results, first_question
 
 GRADES = "ABCD"
 GUIDE = (
@@ -77,7 +77,7 @@ def rating_page(results: Results, published: dict[str, str], *, weights: str, fo
     html.append(f"<p>{GUIDE}</p><form>")
     side_of, ratings = {}, []  # the side of the model's answers, by the conversation's first question
     for i, (question, answer, _) in enumerate(results):
-        first = question.before[0] if question.before else question.id
+        first = first_question(question)
         side_of.setdefault(first, rng.choice(("left", "right")))
         texts = (answer, published[question.id])
         html.append("<hr>" if question.images else "")

@@ -1,6 +1,8 @@
 """A question of a benchmark, as the readers produce it and the runner asks it."""
 
 import random
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 ImageSource = str | bytes  # a path below the benchmark's folder, or the content of an image file
@@ -27,6 +29,24 @@ class Question:
 
 
 Results = list[tuple[Question, str, float | None]]  # question, answer, score
+
+
+def first_question(question: Question) -> str:
+    """Returns the id of the conversation's first question."""
+    return question.before[0] if question.before else question.id
+
+
+def limit_questions(questions: list[Question], n: int, unit_of: Callable[[Question], object]) -> list[Question]:
+    """Returns n questions that are evenly spaced over the list, so that all groups are asked.
+
+    Questions with the same unit_of, such as the turns of a conversation, stay together and count as one.
+    """
+    units = defaultdict(list)
+    for question in questions:
+        units[unit_of(question)].append(question)
+    keys, n = list(units), min(n, len(units))
+    kept = {keys[i * len(keys) // n] for i in range(n)}
+    return [question for question in questions if unit_of(question) in kept]
 
 
 def shuffle_images(questions: list[Question], seed: int) -> list[Question]:

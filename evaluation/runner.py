@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.image import load_image, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer
-from evaluation.question import ImageSource, Question
+from evaluation.question import ImageSource, Question, first_question
 from inference.batch import ask, choose, encode_prompt
 from model import Owl
 from training.distributed import Dist, all_gather_object
@@ -58,7 +58,7 @@ def assign(questions: list[Question], answers: dict[str, str], dist: Dist) -> li
     """
     conversations: dict[str, list[Question]] = {}
     for question in questions:
-        conversations.setdefault(question.before[0] if question.before else question.id, []).append(question)
+        conversations.setdefault(first_question(question), []).append(question)
     groups: dict[object, list[list[Question]]] = {}
     for first, turns in conversations.items():
         if any(turn.id not in answers for turn in turns):

@@ -55,6 +55,15 @@ def find_letter(answer: str) -> str:
     return match[1] if match else ""
 
 
+def find_letter_in_sentence(answer: str) -> str:
+    """Finds a letter where find_letter does not: "The correct option is B", "正确答案是B", "选B", "B选项"."""
+    english = r"(?i:\b(?:answer|option|choice)(?: (?:is|would be|should be))?(?: (?:option|choice))?)"
+    chinese = r"(?:答案|选项|选择|选)(?:应该|应)?(?:是|为)?(?:选项|选)?"
+    match = re.match(r"\W*([A-E])(?=\s*(?:选项|是|项|，|。))", answer)
+    match = match or re.search(rf"(?:{english}|{chinese})[\s:：(（\"'“*]*([A-E])(?![-'’]?[A-Za-z0-9])", answer)
+    return find_letter(answer) or (match[1] if match else "")
+
+
 def find_yes_or_no(answer: str) -> str:
     """Returns MME's reading of an answer: "yes" or "no" if it is in the first four characters, else ""."""
     start = answer.strip().lower()[:4]
@@ -70,6 +79,7 @@ def is_affirmative(answer: str) -> bool:
 vqa_score = score_each(vqa_accuracy)
 exact_match_score = score_each(lambda answer, truth: float(is_exact_match(answer, truth)))
 letter_score = score_each(lambda answer, truth: float(find_letter(answer) == truth))
+loose_letter_score = score_each(lambda answer, truth: float(find_letter_in_sentence(answer) == truth))
 choice_score = score_each(lambda answer, truth: float(answer == truth))
 mme_score = score_each(lambda answer, truth: float(find_yes_or_no(answer) == truth))
 pope_score = score_each(lambda answer, truth: float(is_affirmative(answer) == (truth == "yes")))
@@ -97,13 +107,23 @@ def mean_accuracy(results: Results) -> dict[str, Number]:
     return numbers
 
 
+def mmbench_question(question: Question) -> int:
+    """Returns the number that a question has in common with the rotations of its options."""
+    return int(question.id) % MMBENCH_ROTATION
+
+
+def mme_image(question: Question) -> str:
+    """Returns the category and image that MME's two questions have in common (see read_mme)."""
+    return question.id.rpartition("/")[0]
+
+
 def circular_accuracy(results: Results) -> dict[str, Number]:
     """MMBench: a question counts as right if the answers to all rotations of its options are right."""
     if any(score is None for _, _, score in results):
         return mean_accuracy(results)  # the server groups the rotations
     rotations = defaultdict(list)
     for result in results:
-        rotations[int(result[0].id) % MMBENCH_ROTATION].append(result)
+        rotations[mmbench_question(result[0])].append(result)
     return mean_accuracy([min(group, key=lambda result: result[2]) for group in rotations.values()])
 
 
