@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 evaluate.py --task vqav2 ...                the same answers from eight GPUs
     python evaluate.py --task owleval --folder owleval --out runs/owleval   for people to rate: runs/owleval/rate.html
     python evaluate.py --ratings ratings.json                               the grades that they gave
+    python evaluate.py --list                                               the files and folders that each task needs
 
     python evaluate.py --data data/easy_vqa/test.json                       the embedded tiny-owl2
     python evaluate.py --data data/easy_vqa/test.json --images blank        control: no image
@@ -14,12 +15,14 @@
                                                         results.py: saved as they arrive
 
 --out of a benchmark is a folder: run.json (weights, settings, versions), answers-RANK.jsonl in the order of arrival,
-and at the end answers.jsonl (per question: id, prompt, answer, truth, group, score), results.json and index.html. The
-same command continues a run that was stopped or killed, on any number of devices: an answer does not depend on the
-questions that share its batch or its process (runner.py explains why).
+and at the end answers.jsonl (per question: id, prompt, answer, truth, group, score), results.json, index.html and, for
+VQAv2 test-dev, VizWiz test and MMBench, the answers in the format of the test server (submission.py). The same command
+continues a run that was stopped or killed, on any number of devices: an answer does not depend on the questions that
+share its batch or its process (runner.py explains why).
 
 --data is a file that training can read as well. The first question of each row is asked, and its answer counts if it
-equals the row's first answer (qa_file.py). --out is then a file with a line per question, written at the end.
+equals the row's first answer (qa_file.py). --out is then a file with a line per question, in the file's order, written
+at the end; until then the answers are in the folder OUT.run, and the same command continues.
 """
 
 import math
@@ -42,12 +45,15 @@ from data.conversations import Conversations, SampleSpec
 from data.image import DEFAULT_FIT, FITS
 from data.text import Tokenizer
 from evaluation.benchmarks import BENCHMARKS
+from evaluation.file_list import list_files
 from evaluation.html_report import report_page, write_page
 from evaluation.owleval import PUBLISHED_FILES, count_ratings, rating_page, read_published
 from evaluation.qa_file import answer_lines, check_out, count_table, read_cases
-from evaluation.question import shuffle_images
-from evaluation.results import append_answer, open_run, write_results, write_text
+from evaluation.question import first_question, limit_questions, shuffle_images
+from evaluation.results import append_answer, open_run, remove_run, write_results, write_text
 from evaluation.runner import Runner
+from evaluation.scoring import letter_score, loose_letter_score
+from evaluation.submission import write_submission
 from inference.loading import load_with_adapter
 from inference.quantize import BITS, bits_of, read_quantization, why_slow
 from model import Owl
@@ -67,6 +73,7 @@ def parse_args() -> Namespace:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", choices=BENCHMARKS, metavar="NAME", help="a benchmark of the list below")
     what.add_argument("--data", metavar="FILE", help="questions, as conversations of one turn")
+    what.add_argument("--list", action="store_true", help="print the files and folders that each task needs")
     what.add_argument("--ratings", metavar="FILE", help="count the ratings that OwlEval's page saved")
     p.add_argument("--folder", help="the benchmark's files, as they are published")
     p.add_argument("--weights", metavar="FOLDER", default=EMBEDDED, help="model folder (default: the embedded one)")
@@ -75,6 +82,9 @@ def parse_args() -> Namespace:
     p.add_argument("--images", choices=("right", "blank", "shuffled"), default="right", help="what the model sees")
     p.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
     p.add_argument("--fit", choices=FITS, help="how images are made square (default: owl1 stretch, owl2 square)")
+    p.add_argument("--limit", type=int, metavar="N", help="ask only N questions, evenly spaced (MME: images)")
+    p.add_argument("--loose-letters", action="store_true",
+                   help="find answer letters also in sentences and in Chinese, where the official scripts find none")  # fmt: skip
     p.add_argument("--loss", action="store_true", help="print the mean loss over all answers' tokens instead")
     p.add_argument("--batch", type=int, default=64, help="questions per batch and device (default 64)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the benchmark's; 10 for --data")
@@ -92,6 +102,10 @@ def check_flags(args: Namespace) -> None:
         **{f"--{name.replace('_', '-')} is empty": value == "" for name, value in vars(args).items()},
         f"--batch should be 1 to {MAX_NUMBER:,}": not 1 <= args.batch <= MAX_NUMBER,
         f"--max-new-tokens should be 1 to {MAX_NUMBER:,}": n is not None and not 1 <= n <= MAX_NUMBER,
+        f"--limit should be 1 to {10**9:,}": args.limit is not None and not 1 <= args.limit <= 10**9,
+        "--loss takes no --limit": args.loss and args.limit,
+        "--loose-letters is for tasks whose answers are letters, such as mmbench": args.loose_letters
+        and (benchmark is None or benchmark.score is not letter_score),
         "--task needs --folder": benchmark and not args.folder,
         "--loss and --image-root are for --data": benchmark and (args.loss or args.image_root),
         "--folder is for --task; --data has --image-root": args.data and args.folder,
@@ -139,6 +153,9 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
     """Asks a benchmark's questions, prints its numbers and, with --out, keeps its folder."""
     benchmark, folder = BENCHMARKS[args.task], Path(args.folder)
     questions = benchmark.read(folder)
+    n_question, is_loose = len(questions), args.loose_letters
+    if args.limit:
+        questions = limit_questions(questions, args.limit, benchmark.unit_of)
     if args.images == "shuffled":
         questions = shuffle_images(questions, args.seed)
     published = None
@@ -147,15 +164,19 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
         if published is None and dist.is_main:
             log(f"rate.html will not be written: {printable(folder)} has no {PUBLISHED_FILES[0]}")
 
-    with open_run(args, questions, dist) if args.out else nullcontext(({}, {}, None)) as (record, answers, file):
+    opened = open_run(Path(args.out), args, folder, questions, dist) if args.out else nullcontext(({}, {}, None))
+    with opened as (record, answers, file):
         runner = make_runner(args, dist, folder)
         answers = runner.run(questions, answers, partial(append_answer, file) if file else None)
         if not dist.is_main:
             return
         texts = [answers[question.id] for question in questions]
-        results = list(zip(questions, texts, benchmark.score(texts, questions)))
+        score = loose_letter_score if is_loose else benchmark.score
+        results = list(zip(questions, texts, score(texts, questions)))
         numbers = benchmark.summarize(results)
         title = benchmark.title if args.images == "right" else f"{benchmark.title} (images: {args.images})"
+        title += " (letters also from sentences)" if is_loose else ""
+        title += f" ({len(questions):,} of {n_question:,} questions)" if len(questions) < n_question else ""
         print(f"{title}\n{printable(args.weights)}, {len(results):,} answers\n")
         for name, number in numbers.items():
             print(f"{printable(name):<40} {number}, n = {number.n:,}")
@@ -163,6 +184,7 @@ def run_benchmark(args: Namespace, dist: Dist) -> None:
             return
         out = Path(args.out)
         write_results(out, results, numbers, record)
+        write_submission(args.task, folder, out, results)
         if args.images == "blank":
             results = [(replace(question, images=[]), answer, score) for question, answer, score in results]
         where = {"weights": str(args.weights), "folder": folder, "seed": args.seed}
@@ -180,14 +202,22 @@ def run_qa_file(args: Namespace, dist: Dist) -> None:
         check_out(out)
     root = Path(args.image_root) if args.image_root else Path(args.data).parent
     cases = read_cases(Path(args.data), root)
+    if args.limit:
+        kept = {q.id for q in limit_questions([case.question for case in cases], args.limit, first_question)}
+        cases = [case for case in cases if case.question.id in kept]
     questions = [case.question for case in cases]
     if args.images == "shuffled":
         questions = shuffle_images(questions, args.seed)
-    answers = make_runner(args, dist, root).run(questions, {})
-    if dist.is_main:
-        print(count_table(cases, answers))
-        if out:
-            write_text(out, answer_lines(cases, answers))
+    part = Path(f"{out}.run")  # holds the answers so far
+    with open_run(part, args, root, questions, dist) if out else nullcontext(({}, {}, None)) as (_, answers, file):
+        runner = make_runner(args, dist, root)
+        answers = runner.run(questions, answers, partial(append_answer, file) if file else None)
+        if dist.is_main:
+            print(count_table(cases, answers))
+            if out:
+                write_text(out, answer_lines(cases, answers))
+    if dist.is_main and out:
+        remove_run(part)
 
 
 def print_loss(args: Namespace, dist: Dist) -> None:
@@ -231,6 +261,9 @@ def main() -> None:
     try:
         with user_errors(), explain_runtime_errors(args.device):
             check_flags(args)
+            if args.list:
+                print(list_files())
+                return
             if args.ratings:
                 print(count_ratings(Path(args.ratings)))
                 return
@@ -241,7 +274,7 @@ def main() -> None:
     except KeyboardInterrupt as error:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        log("stopped" + ("; the same command continues the run" if args.task and args.out else ""))
+        log("stopped" + ("; the same command continues the run" if args.out else ""))
         sys.exit(128 + error.args[0])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The folder of a benchmark run, which can be killed at any time and continued by the same command.
+"""The folder of a run, which can be killed at any time and continued by the same command.
 
     run.json              "settings": everything an answer depends on (weights, questions, flags); must stay the same
                           "starts": date, versions, devices and image sizes of each start; may differ
@@ -8,6 +8,7 @@
     answers.jsonl         at the end, in order: {"id", "prompt", "answer", "truth", "group", "score"} per question
     results.json          at the end: the numbers, and the content of run.json
 
+The last two are those of a benchmark. --data keeps such a folder, OUT.run, until its file OUT is written.
 A run continues with every complete line of all ranks. The main process cuts off incomplete lines before any process
 writes. Files that this module did not write are not changed, and links in the folder are refused.
 """
@@ -21,7 +22,7 @@ import stat
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from io import FileIO
@@ -50,7 +51,7 @@ from weights import weight_files
 SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")  # hashed; of weights, the size
 
 
-def describe_settings(args: Namespace, questions: list[Question], dist: Dist) -> dict[str, str | int | None]:
+def describe_settings(args: Namespace, folder: Path, questions: list[Question], dist: Dist) -> dict[str, str | int | None]:
     """Returns everything that an answer depends on.
 
     Images are identified by name only, so that a run can continue after a broken one is repaired.
@@ -65,7 +66,7 @@ def describe_settings(args: Namespace, questions: list[Question], dist: Dist) ->
     small = [weights / name for name in SMALL_FILES if (weights / name).is_file()]
     return {
         "task": args.task,
-        "folder": str(Path(args.folder).resolve()),
+        "folder": str(folder.resolve()),
         "questions": len(questions),
         "questions' sha256": digest.hexdigest(),
         "weights": str(weights.resolve()),
@@ -93,7 +94,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_start(args: Namespace, questions: list[Question], dist: Dist) -> dict:
+def describe_start(args: Namespace, folder: Path, questions: list[Question], dist: Dist) -> dict:
     """Returns what is recorded of each start and may differ between the starts of a run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -110,7 +111,7 @@ def describe_start(args: Namespace, questions: list[Question], dist: Dist) -> di
         "processes": dist.world_size,
         "batch": args.batch,
         "image_files": len(paths),
-        "image_bytes": sum((Path(args.folder) / path).stat().st_size for path in paths),
+        "image_bytes": sum((folder / path).stat().st_size for path in paths),
     }
 
 
@@ -122,19 +123,19 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def open_run(
-    args: Namespace, questions: list[Question], dist: Dist
+    out: Path, args: Namespace, folder: Path, questions: list[Question], dist: Dist
 ) -> Iterator[tuple[dict, dict[str, str], FileIO]]:
-    """Starts or continues the run in the folder --out.
+    """Starts or continues the run in the folder `out`. folder: what image paths are relative to.
 
     Yields the content of run.json, the answers so far by question id, and the file to which this process appends.
     Raises ValueError on all processes for a run with other settings, a locked run, or files that are no run.
     """
-    out, outcome = Path(args.out), None
+    outcome = None
     with ExitStack() as stack:
         if dist.is_main:
             try:
-                record = {"settings": describe_settings(args, questions, dist)}
-                record["starts"] = [describe_start(args, questions, dist)]
+                record = {"settings": describe_settings(args, folder, questions, dist)}
+                record["starts"] = [describe_start(args, folder, questions, dist)]
                 stack.enter_context(lock_run(out))
                 outcome = resume_run(out, record, {question.id for question in questions})
             except (ValueError, OSError) as error:
@@ -181,7 +182,7 @@ def resume_run(out: Path, record: dict, ids: set[str]) -> tuple[dict, dict[str, 
         changed = [name for name in before | now if before.get(name) != now.get(name)]
         if changed and any(path.stat().st_size for path in files):
             listed = ", ".join(f"{name}: {before.get(name)!r:.70}, now {now.get(name)!r:.70}" for name in changed[:4])
-            raise ValueError(f"{out} holds a run with other settings ({listed}): choose another --out")
+            raise ValueError(f"{out} holds a run with other settings ({listed}): choose another --out, or delete that folder")
         record["starts"] = read_field(out / "run.json", "starts") + record["starts"]
 
     answers, cut = {}, {}
@@ -224,6 +225,14 @@ def append_answer(file: FileIO, turns: list[Question], answer: str) -> None:
         raise OSError(error.errno, error.strerror, file.name) from None
     if is_full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+def remove_run(out: Path) -> None:
+    """Removes the files of a run, and its folder unless there are others in it."""
+    for path in [*out.glob("answers-*.jsonl"), out / "run.json", out / "run.lock"]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def write_results(out: Path, results: Results, numbers: dict[str, Number], record: dict) -> None:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from data.image import load_image
 from evaluation.benchmarks import BENCHMARKS, read_table
+from evaluation.file_list import FILES
 from evaluation.metrics import cider, percent
-from evaluation.question import Question
-from evaluation.scoring import MME_CATEGORIES, find_letter
+from evaluation.question import Question, limit_questions
+from evaluation.scoring import MME_CATEGORIES, find_letter, find_letter_in_sentence
 
 FIXTURES = Path(__file__).parent / "fixtures" / "benchmarks"
 EXPECTED = json.loads((FIXTURES.parent / "questions.json").read_text(encoding="utf-8"))
@@ -293,6 +294,54 @@ def test_captions_are_scored_together(read):
 )
 def test_find_letter(answer, expected):
     assert find_letter(answer) == expected
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        *[(answer, "B") for answer in ("The correct option is B", "The best choice would be (B).", "I choose option: B")],
+        *[(answer, "B") for answer in ("正确答案是B", "答案：B。", "答案是（B）", "我选择B", "选B", "B选项是正确的", "应该选 B", "答案为选项B")],
+        *[(answer, "") for answer in ("The correct option is Big", "the answer", "选择苹果", "CAT", "A cat", "答案是Both")],
+    ],
+)
+def test_find_letter_in_sentence(answer, expected):
+    """It agrees with find_letter where that finds one, and finds no letter in words."""
+    assert find_letter_in_sentence(answer) == expected
+    assert find_letter(answer) in ("", expected)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_list_names_the_files_of_a_benchmark(folder, name):
+    """All that are listed exist in the fixture, which has no others."""
+    root, entries = folder(name), FILES[name].split(" (")[0].split()
+    listed = {path for e in entries for path in root.glob(e + "**/*" if e.endswith("/") else f"**/{e}")}
+    assert all(any(root.glob(f"**/{entry}")) for entry in entries)
+    if name != "mme":  # which lists two categories of 14
+        assert {path for path in root.rglob("*") if path.is_file()} == {path for path in listed if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name, n, ids",
+    [
+        ("mmbench", 1, ["5", "1000005"]),  # all rotations
+        ("mmbench", 2, ["5", "1000005", "6"]),
+        ("owleval", 1, None),
+        ("pope", 3, None),
+        ("mme", 7, None),
+    ],
+)
+def test_limit_keeps_what_belongs_together(read, name, n, ids):
+    questions, benchmark = read(name), BENCHMARKS[name]
+    kept = limit_questions(questions, n, benchmark.unit_of)
+    assert ids is None or [question.id for question in kept] == ids
+    units = {benchmark.unit_of(question) for question in kept}
+    assert len(units) == n and kept == [question for question in questions if benchmark.unit_of(question) in units]
+    if name == "pope":
+        assert {question.group for question in kept} == {"random", "popular", "adversarial"}
+    if name == "mme":
+        assert len(kept) == 14 and len({question.group for question in kept}) == 7
+        n_perception = len({question.group for question in kept} & {*MME_CATEGORIES["perception"]})
+        assert numbers_of("mme", kept, ["yes"] * 14)["perception"].maximum == 200 * n_perception
 
 
 def test_mmbench_counts_a_question_if_all_rotations_are_right(read):

@@ -213,8 +213,10 @@ def test_out_is_written_at_the_end_and_replaces_only_its_own_files(data, color_m
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:50])
     assert "broken.png" in refused(*data([GOOD, row("broken.png", "<image>?", "a")]), "--out", out)
     assert out.read_bytes() == written
+    assert "answers.jsonl.run" in refused(*data([GOOD, GOOD]), "--out", out)  # other questions
+    shutil.rmtree(folder / "answers.jsonl.run")
     main(*data([GOOD, GOOD]), "--out", out)
-    assert len(read_jsonl(out)) == 2 and not list(folder.glob("*.part"))
+    assert len(read_jsonl(out)) == 2 and not [*folder.glob("*.part"), *folder.glob("*.run")]
 
     (folder / "empty").touch()
     (folder / "link").symlink_to(out)
@@ -226,6 +228,40 @@ def test_out_is_written_at_the_end_and_replaces_only_its_own_files(data, color_m
         refused(*flags, "--out", folder / name)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert (folder / "link").is_symlink()
+
+
+def test_killed_run_of_a_file_continues(data, color_model, folder, monkeypatch):
+    """Answers are saved as they arrive, beside --out, and are not asked again; the final file is in the file's order."""
+    rows = [row(None, f"Say {i}", str(i % 3)) for i in range(7)]
+    flags = [*data(rows), "--out", folder / "answers.jsonl", "--batch", 2]
+    real, asked = runner.ask, []
+
+    def fail_at_third(*arguments, **options):
+        asked.append(len(arguments[2]))
+        if len(asked) == 3:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return real(*arguments, **options)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(runner, "ask", fail_at_third)
+    code, _, err = run_main(evaluate.main, "--device", "cpu", *flags)
+    for n, handler in before.items():
+        signal.signal(n, handler)
+    assert code == 128 + signal.SIGTERM and "the same command continues" in err
+    assert not (folder / "answers.jsonl").exists()
+    saved = read_jsonl(folder / "answers.jsonl.run" / "answers-0.jsonl")
+    assert [line["answer"] for line in saved] == ["0", "1", "2", "3"]
+    assert scores(main(*flags))["all"] == (3, 7)
+    assert sum(asked[3:]) == 3 and not (folder / "answers.jsonl.run").exists()
+    assert [line["answer"] for line in read_jsonl(folder / "answers.jsonl")] == [str(i) for i in range(7)]
+
+
+def test_limit_of_a_file(data, color_model, folder):
+    """Evenly spaced, with the same answers; more than there are means all."""
+    flags = [*data([row(None, f"Say {i}", "5") for i in range(10)]), "--out", folder / "answers.jsonl"]
+    assert scores(main(*flags, "--limit", 2))["all"] == (1, 2)
+    assert [line["answer"] for line in read_jsonl(folder / "answers.jsonl")] == ["0", "5"]
+    assert scores(main(*flags, "--limit", 99))["all"] == (1, 10)
 
 
 def test_text_format_of_owl1(data, color_model):
@@ -374,6 +410,10 @@ def test_broken_json_line_is_named(data, folder):
         (("--weights", ""), "--weights"),
         (("--image-root", ""), "--image-root"),
         (("--out", ""), "--out"),
+        (("--limit", 0), "--limit"),
+        (("--loss", "--limit", 3), "--loss"),
+        (("--loose-letters",), "--loose-letters"),
+        (("--task", "vqav2", "--folder", "nowhere", "--loose-letters"), "--loose-letters"),
         (("--batch", 10**12), "--batch"),
         (("--batch", "9" * 5000), "--batch"),
         (("--max-new-tokens", 10**12), "--max-new-tokens"),
@@ -653,6 +693,33 @@ def test_files_of_a_run(task, easy, tmp_path, monkeypatch):
     assert set(start["versions"]) == {"torch", "numpy", "pillow", "sentencepiece", "python", "cuda", "owlet"}
     sizes = [path.stat().st_size for path in (easy / "test" / "images").iterdir()]
     assert (start["image_files"], start["image_bytes"]) == (10, sum(sizes))
+
+
+def test_limit_of_a_benchmark(task, easy, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ask", answer_always("yes"))
+    printed = main(*task(easy, tmp_path / "run", "--limit", 5))
+    assert [row["id"] for row in read_jsonl(tmp_path / "run" / "answers.jsonl")] == ["0", "5", "10", "15", "20"]
+    assert "(5 of 25 questions)" in printed.splitlines()[0] and ", n = 5" in printed
+    assert "(5 of 25 questions)" in (tmp_path / "run" / "index.html").read_text()
+    assert "questions: 5, now 6" in refused(*task(easy, tmp_path / "run", "--limit", 6))
+
+
+def test_list_of_files():
+    printed = main("--list")
+    assert len(printed.split("\n\n")) == len(evaluate.BENCHMARKS)
+    assert "vqav2: VQAv2 val" in printed and "val2014/" in printed and "https://visualqa.org" in printed
+
+
+def test_loose_letters(task, tmp_path, monkeypatch):
+    """They change the scores, not the answers: a finished run is scored again either way."""
+    monkeypatch.setattr(runner, "ask", answer_always("The correct option is B"))
+    flags = task(FIXTURES / "mmbench", tmp_path / "run", name="mmbench")
+    strict, loose = main(*flags), main(*flags, "--loose-letters")
+    assert re.search(r"^accuracy +0\.00 %", strict, re.M) and "sentences" not in strict
+    assert "(letters also from sentences)" in loose.splitlines()[0]
+    rows = read_jsonl(tmp_path / "run" / "answers.jsonl")
+    assert [row["score"] for row in rows] == [float(row["truth"] == "B") for row in rows] and len(set(map(str, rows))) > 1
+    assert sum(row["score"] for row in rows) == 1
 
 
 def test_strange_names_are_escaped(task, easy, weights, tmp_path):
