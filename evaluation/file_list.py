@@ -25,7 +25,7 @@ FILES = {
     "scienceqa": "problems.json pid_splits.json images/test/",
     "qbench": "llvisionqa_dev.json images/",
     "qbench-test": "llvisionqa_test.json images/",
-    "mme": "OCR/*.txt OCR/*.jpg color/*.txt color/*.jpg (and so on for each of the 14 categories)",
+    "mme": "CATEGORY/*.txt CATEGORY/*.jpg (or CATEGORY/questions_answers_YN/ and CATEGORY/images/), for all 14 categories",
     "pope": "coco_pope_random.json coco_pope_popular.json coco_pope_adversarial.json val2014/",
     "mmlu": "dev/*_dev.csv test/*_test.csv",
     "arc-c": "ARC-Challenge/ARC-Challenge-Test.jsonl",
