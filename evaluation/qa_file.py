@@ -17,6 +17,7 @@ from pathlib import Path
 from data.sources import read_rows, standard_row
 from data.text import conversation_turns
 from evaluation.benchmarks import check_image, in_row
+from evaluation.metrics import percent
 from evaluation.question import Question
 from evaluation.scoring import is_exact_match
 from common.files import printable
@@ -58,7 +59,7 @@ def read_cases(path: Path, image_root: Path) -> list[Case]:
 
 
 def count_table(cases: list[Case], answers: dict[str, str]) -> str:
-    """Returns a table: how many answers are right, in all and for each value of the notes."""
+    """Returns a table: how many answers are right, in all and for each value of the notes, with 95 % intervals."""
     sections = {name: defaultdict(list) for name in ("truth", "all", "kind", "seen", "given")}
     for case in cases:
         answer, truth = answers[case.question.id], case.question.truth
@@ -78,7 +79,7 @@ def count_table(cases: list[Case], answers: dict[str, str]) -> str:
     rows = []
     for name, counts in lines:
         n_right, n = sum(counts), len(counts)
-        rows.append(f"{printable(name):<{width}} {n_right:>6} of {n:>6}  {100 * n_right / n:.2f} %")
+        rows.append(f"{printable(name):<{width}} {n_right:>6} of {n:>6}  {percent(n_right, n)}")
     return "\n".join(rows)
 
 

@@ -54,7 +54,8 @@ SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_co
 def describe_settings(args: Namespace, folder: Path, questions: list[Question], dist: Dist) -> dict[str, str | int | None]:
     """Returns everything that an answer depends on.
 
-    Images are identified by name only, so that a run can continue after a broken one is repaired.
+    Images are identified by name only, so that a run can continue after a broken one is repaired. Weights are
+    identified by their size; for --data, whose checkpoints are often trained anew in the same folder, also by their date.
     """
     digest = hashlib.sha256()
     for question in questions:
@@ -72,6 +73,7 @@ def describe_settings(args: Namespace, folder: Path, questions: list[Question], 
         "weights": str(weights.resolve()),
         **{f"sha256 of {path.name}": hash_file(path) for path in small},
         **{f"bytes of {path.name}": path.stat().st_size for path in weight_files(weights)},
+        **({} if args.task else {f"date of {path.name}": path.stat().st_mtime_ns for path in weight_files(weights)}),
         **({"adapter": adapter_hashes(Path(args.adapter))} if args.adapter else {}),
         "quantize": args.quantize or read_quantization(weights),
         "dtype": str(dist.dtype),
