@@ -83,8 +83,7 @@ def parse_args() -> Namespace:
     p.add_argument("--image-root", metavar="FOLDER", help="what image paths are relative to (default: FILE's folder)")
     p.add_argument("--fit", choices=FITS, help="how images are made square (default: owl1 stretch, owl2 square)")
     p.add_argument("--limit", type=int, metavar="N", help="ask only N questions, evenly spaced (MME: images)")
-    p.add_argument("--loose-letters", action="store_true",
-                   help="find answer letters also in sentences and in Chinese, where the official scripts find none")  # fmt: skip
+    p.add_argument("--loose-letters", action="store_true", help="find letters in sentences; official scripts do not")
     p.add_argument("--loss", action="store_true", help="print the mean loss over all answers' tokens instead")
     p.add_argument("--batch", type=int, default=64, help="questions per batch and device (default 64)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the benchmark's; 10 for --data")

@@ -51,11 +51,11 @@ from weights import weight_files
 SMALL_FILES = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")  # hashed; of weights, the size
 
 
-def describe_settings(args: Namespace, folder: Path, questions: list[Question], dist: Dist) -> dict[str, str | int | None]:
+def describe_settings(args: Namespace, folder: Path, questions: list[Question], dist: Dist) -> dict:
     """Returns everything that an answer depends on.
 
     Images are identified by name only, so that a run can continue after a broken one is repaired. Weights are
-    identified by their size; for --data, whose checkpoints are often trained anew in the same folder, also by their date.
+    identified by their size; for --data, whose weights are often trained anew in the same folder, also by their date.
     """
     digest = hashlib.sha256()
     for question in questions:
@@ -184,7 +184,8 @@ def resume_run(out: Path, record: dict, ids: set[str]) -> tuple[dict, dict[str, 
         changed = [name for name in before | now if before.get(name) != now.get(name)]
         if changed and any(path.stat().st_size for path in files):
             listed = ", ".join(f"{name}: {before.get(name)!r:.70}, now {now.get(name)!r:.70}" for name in changed[:4])
-            raise ValueError(f"{out} holds a run with other settings ({listed}): choose another --out, or delete that folder")
+            advice = "choose another --out, or delete that folder"
+            raise ValueError(f"{out} holds a run with other settings ({listed}): {advice}")
         record["starts"] = read_field(out / "run.json", "starts") + record["starts"]
 
     answers, cut = {}, {}

@@ -251,6 +251,11 @@ def test_killed_run_of_a_file_continues(data, color_model, folder, monkeypatch):
     assert not (folder / "answers.jsonl").exists()
     saved = read_jsonl(folder / "answers.jsonl.run" / "answers-0.jsonl")
     assert [line["answer"] for line in saved] == ["0", "1", "2", "3"]
+    file = next(Path(flags[3]).glob("*.safetensors"))
+    date = file.stat().st_mtime_ns
+    os.utime(file, ns=(date, date + 10**9))  # as if the model had been trained anew
+    assert "date of model" in refused(*flags)
+    os.utime(file, ns=(date, date))
     assert scores(main(*flags))["all"] == (3, 7)
     assert sum(asked[3:]) == 3 and not (folder / "answers.jsonl.run").exists()
     assert [line["answer"] for line in read_jsonl(folder / "answers.jsonl")] == [str(i) for i in range(7)]

@@ -67,11 +67,10 @@ def read_numbers(folder: Path) -> dict[str, Number]:
     path = folder / "results.json"
     try:
         numbers = {name: Number(**fields) for name, fields in get(read_json(path), "numbers", dict).items()}
-        for number in numbers.values():
-            str(number)
-        return numbers
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is from an older version: run the same evaluate.py again") from None
+        "".join(map(str, numbers.values()))  # raises an error for fields of other types
+    except (TypeError, ValueError, LookupError):
+        raise ValueError(f"{path} is damaged or from an older version: run the same evaluate.py again") from None
+    return numbers
 
 
 def count_right(answers: dict[str, Answer]) -> dict[str, Number]:
@@ -102,7 +101,8 @@ def compare(a: dict[str, Answer], b: dict[str, Answer]) -> tuple[str, list[tuple
     different.sort(key=lambda pair: pair[0].score == pair[1].score)  # stable: otherwise in the order of A
     lines = [f"questions in common: {len(pairs):,} (A has {len(a):,}, B has {len(b):,})"]
     if scored:
-        lines.append(f"A better: {n_a:,}, B better: {n_b:,}, equal: {len(scored) - n_a - n_b:,}; p = {sign_test(n_a, n_b):.3g}")
+        n_equal, p = len(scored) - n_a - n_b, sign_test(n_a, n_b)
+        lines.append(f"A better: {n_a:,}, B better: {n_b:,}, equal: {n_equal:,}; p = {p:.3g}")
     lines.append(f"other answers: {len(different):,} of {len(pairs):,}")
     return "\n".join(lines), different
 
