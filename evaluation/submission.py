@@ -60,18 +60,20 @@ def write_submission(task: str, folder: Path, out: Path, results: Results) -> No
 
 
 def write_workbook(path: Path, rows: list[dict[str, str]]) -> None:
-    """Writes rows as the only sheet of an Excel workbook, below a row of the columns' names. Integers are numbers."""
-    lines = []
-    for row in [dict(zip(rows[0], rows[0])), *rows]:
-        lines.append("<row>" + "".join(map(cell, row.values())) + "</row>")
+    """Writes rows as the only sheet of an Excel workbook, below a row of the columns' names.
+
+    All cells are text, also "4" and "007", except those of the column "index".
+    """
+    lines = ["<row>" + "".join(map(text_cell, rows[0])) + "</row>"]
+    for row in rows:
+        cells = (f"<c><v>{int(text)}</v></c>" if name == "index" else text_cell(text) for name, text in row.items())
+        lines.append("<row>" + "".join(cells) + "</row>")
     sheet = f'<worksheet xmlns="{MAIN}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in {**WORKBOOK, "xl/sheet.xml": sheet}.items():
             archive.writestr(name, f'<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n{content}')
 
 
-def cell(text: str) -> str:
-    if text.isascii() and text.isdecimal() and len(text) < 16:
-        return f"<c><v>{text}</v></c>"
+def text_cell(text: str) -> str:
     text = escape(escape_controls(text))  # XML cannot express most control characters
     return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
