@@ -109,7 +109,7 @@ def test_adapter_and_quantized_weights(tmp_path, run_sample, tiny):
     lora.inject_lora(model, ("q_proj",), rank=2, alpha=8)
     torch.manual_seed(0)
     for _, module in lora.lora_modules(model):
-        torch.nn.init.normal_(module.lora_B.weight, std=0.5)
+        torch.nn.init.normal_(module.lora_B.weight, std=5.0)
     save_lora(model, tmp_path / "adapter")
     questions = write_csv(tmp_path / "rows.csv", [{"image": str(SCENE), "prompt": prompt} for prompt in PROMPTS])
     answers = []
