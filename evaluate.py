@@ -5,6 +5,7 @@
     python evaluate.py --task owleval --folder owleval --out runs/owleval   for people to rate: runs/owleval/rate.html
     python evaluate.py --ratings ratings.json                               the grades that they gave
     python evaluate.py --list                                               the files and folders that each task needs
+    python evaluate.py --task iqa --data test.json --weights one-align      image quality: SRCC and PLCC (iqa.py)
 
     python evaluate.py --data data/easy_vqa/test.json                       the embedded tiny-owl2
     python evaluate.py --data data/easy_vqa/test.json --images blank        control: no image
@@ -47,6 +48,7 @@ from data.text import Tokenizer
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.file_list import list_files
 from evaluation.html_report import report_page, write_page
+from evaluation.iqa import correlations, read_iqa, score_cases, score_lines
 from evaluation.owleval import PUBLISHED_FILES, count_ratings, rating_page, read_published
 from evaluation.qa_file import answer_lines, check_out, count_table, read_cases
 from evaluation.question import first_question, limit_questions, shuffle_images
@@ -55,6 +57,7 @@ from evaluation.runner import Runner
 from evaluation.scoring import letter_score, loose_letter_score
 from evaluation.submission import write_submission
 from inference.loading import load_with_adapter
+from inference.quality import KINDS, PRESETS, Scorer, prompt_of
 from inference.quantize import BITS, bits_of, read_quantization, why_slow
 from model import Owl
 from train import evaluate_loss
@@ -70,9 +73,10 @@ EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny-owl2"
 def parse_args() -> Namespace:
     names = "".join(f"\n  {b.name:<16} {b.title}; from {b.url}" for b in BENCHMARKS.values())
     p = ArgumentParser(description=__doc__, epilog=f"benchmarks:{names}")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", choices=BENCHMARKS, metavar="NAME", help="a benchmark of the list below")
-    what.add_argument("--data", metavar="FILE", help="questions, as conversations of one turn")
+    what = p.add_mutually_exclusive_group()
+    task = "a benchmark of the list below, or iqa: image quality, with --data"
+    what.add_argument("--task", choices=[*BENCHMARKS, "iqa"], metavar="NAME", help=task)
+    p.add_argument("--data", metavar="FILE", help="questions, as conversations of one turn")
     what.add_argument("--list", action="store_true", help="print the files and folders that each task needs")
     what.add_argument("--ratings", metavar="FILE", help="count the ratings that OwlEval's page saved")
     p.add_argument("--folder", help="the benchmark's files, as they are published")
@@ -91,7 +95,14 @@ def parse_args() -> Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA and for quantized weights, else fp32")
     p.add_argument("--out", metavar="PATH", help="a benchmark's folder; of --data a file (.jsonl)")
-    return p.parse_args()
+    iqa = p.add_argument_group("image quality (--task iqa)").add_argument
+    iqa("--preset", choices=PRESETS, default="published", help="prompt and words (default published; see score.py)")
+    iqa("--kind", choices=KINDS, default="quality", help="what is scored (default quality)")
+    iqa("--first-token", action="store_true", help="allow level words of several tokens: the first counts")
+    args = p.parse_args()
+    if not (args.task or args.data or args.ratings or args.list):
+        p.error("pass one of --task, --data, --ratings and --list")
+    return args
 
 
 def check_flags(args: Namespace) -> None:
@@ -105,6 +116,10 @@ def check_flags(args: Namespace) -> None:
         "--loss takes no --limit": args.loss and args.limit,
         "--loose-letters is for tasks whose answers are letters, such as mmbench": args.loose_letters
         and (benchmark is None or benchmark.score is not letter_score),
+        "--task iqa needs --data": args.task == "iqa" and not args.data,
+        "--task iqa takes no --folder, --images, --limit, --loss and --max-new-tokens": args.task == "iqa"
+        and (args.folder or args.images != "right" or args.limit or args.loss or n),
+        "--data goes only with --task iqa": args.data and (benchmark or args.ratings or args.list),
         "--task needs --folder": benchmark and not args.folder,
         "--loss and --image-root are for --data": benchmark and (args.loss or args.image_root),
         "--folder is for --task; --data has --image-root": args.data and args.folder,
@@ -124,6 +139,7 @@ def resolve_defaults(args: Namespace) -> None:
     benchmark = BENCHMARKS.get(args.task)
     args.min_new_tokens = benchmark.min_new_tokens if benchmark else 0
     args.max_new_tokens = args.max_new_tokens or (benchmark.max_new_tokens if benchmark else 10)
+    args.fit = args.fit or (PRESETS[args.preset].fit if args.task == "iqa" else None)
     args.fit = args.fit or DEFAULT_FIT[read_config(args.weights).variant]
     if args.quantize or read_quantization(args.weights):
         args.precision = args.precision or "bf16"
@@ -219,6 +235,28 @@ def run_qa_file(args: Namespace, dist: Dist) -> None:
         remove_run(part)
 
 
+def run_iqa(args: Namespace, dist: Dist) -> None:
+    """Scores the images of --data and prints how well the scores agree with people's; --out lists them."""
+    if dist.world_size > 1:
+        raise ValueError("--task iqa runs in one process")
+    out, root = Path(args.out) if args.out else None, Path(args.image_root or Path(args.data).parent)
+    if out:
+        check_out(out)
+    prompt_of(args.preset, args.kind)
+    cases = read_iqa(Path(args.data), root)
+    options = {"fit": args.fit, "first_token": args.first_token}
+    scorer = Scorer(*load_model_and_tokenizer(args, dist), args.preset, args.kind, **options)
+    scores = score_cases(scorer, cases, root, args.batch)
+    numbers = correlations(scores, [case.mos for case in cases])
+    print(f"{printable(args.weights)}, {len(cases):,} images\n")
+    for name, number in numbers.items():
+        print(f"{name:<20} {number:>8.4f}")
+    if len(numbers) == 2:
+        log("the logistic fit needs scipy: pip install -r requirements-iqa.txt")
+    if out:
+        write_text(out, score_lines(cases, scores, scorer.prompt))
+
+
 def print_loss(args: Namespace, dist: Dist) -> None:
     """Prints the loss of --data that training logs as the validation loss."""
     model, tokenizer = load_model_and_tokenizer(args, dist)
@@ -268,12 +306,18 @@ def main() -> None:
                 return
             resolve_defaults(args)
             dist = init_distributed(args.device, args.precision)
-            command = run_benchmark if args.task else print_loss if args.loss else run_qa_file
-            command(args, dist)
+            if args.task == "iqa":
+                run_iqa(args, dist)
+            elif args.task:
+                run_benchmark(args, dist)
+            elif args.loss:
+                print_loss(args, dist)
+            else:
+                run_qa_file(args, dist)
     except KeyboardInterrupt as error:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        log("stopped" + ("; the same command continues the run" if args.out else ""))
+        log("stopped" + ("; the same command continues the run" if args.out and args.task != "iqa" else ""))
         sys.exit(128 + error.args[0])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
