@@ -8,6 +8,7 @@ after a logistic function of four parameters was fitted to them.
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def fit_logistic(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
 
     NaN if the fit does not converge. Raises ModuleNotFoundError without scipy.
     """
-    from scipy.optimize import curve_fit
+    from scipy.optimize import OptimizeWarning, curve_fit
     from scipy.special import expit
 
     def logistic(x: np.ndarray, a: float, b: float, c: float, d: float) -> np.ndarray:
@@ -95,7 +96,9 @@ def fit_logistic(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     start = (y.max(), y.min(), x.mean(), max(x.std() / 4, 1e-12))
     try:
-        parameters, _ = curve_fit(logistic, x, y, p0=start, maxfev=100_000)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)  # few images: the covariance, not used here, is undefined
+            parameters, _ = curve_fit(logistic, x, y, p0=start, maxfev=100_000)
     except RuntimeError:  # not converged
         return np.full_like(x, math.nan)
     return logistic(x, *parameters)

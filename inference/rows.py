@@ -239,7 +239,7 @@ class AnswerFile:
         ends = self.complete_lines() if os.path.lexists(out) else []
         self.n_done = max(0, len(ends) - self.is_csv)  # the first line of a CSV has the names of the columns
         if self.n_done > len(rows):
-            raise ValueError(f"--out {out} has more rows than the questions: choose another --out")
+            raise ValueError(f"--out {out} has more rows than the input: choose another --out")
         write_json(self.side, self.record)
         self.file = open(out, "r+b" if ends else "wb", buffering=0)
         self.file.truncate(ends[-1] if ends else 0)  # without an incomplete last line
