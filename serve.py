@@ -60,7 +60,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max-images", type=int, default=16, metavar="N", help="images of a conversation; default 16")
 
     # What sample.build_session asks for besides: a chat without a first question. Each request has its own sampling.
-    parser.set_defaults(prompt=None, image=[], temperature=0.0, top_k=None, top_p=None, seed=None)
+    parser.set_defaults(prompt=None, image=[], video=None, temperature=0.0, top_k=None, top_p=None, seed=None)
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "queue", "sessions", "max_pixels", "max_images"):
         if getattr(args, name) < 1:
