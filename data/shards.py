@@ -160,6 +160,8 @@ def scan_all(paths: list[str], n_worker: int) -> Iterator[Scan]:
         return
     with Pool(min(n_worker, len(paths)), _ignore_ctrl_c) as pool:
         yield from pool.imap(scan, paths)
+        pool.close()
+        pool.join()  # the workers end by themselves: one that is just starting could miss a signal to end
 
 
 def _ignore_ctrl_c() -> None:
