@@ -56,6 +56,8 @@ def parse_args() -> Namespace:
     args = p.parse_args()
     if args.batch < 1 or args.max_frames < 1:
         p.error("--batch and --max-frames must be at least 1")
+    if not 0 < args.fps < float("inf"):
+        p.error(f"--fps must be above 0, not {args.fps}")
     args.scale = args.scale or PRESETS[args.preset].scale
     args.fit = args.fit or PRESETS[args.preset].fit
     return args
@@ -74,8 +76,8 @@ def read_inputs(inputs: list[Path], kind: str) -> tuple[list[Row], list[Path]]:
             paths += found
         elif source.suffix.lower() in (".csv", ".json", ".jsonl"):
             table = read_rows(source)
-            if not all(isinstance(row.get("image"), str) for row in table):
-                raise ValueError(f"{source}: each row needs a path in the column image")
+            if not all(isinstance(row.get("image"), str) and row["image"].strip() for row in table):
+                raise ValueError(f'{source}: each row needs one path in the column "image" (also of a video)')
             rows += table
             paths += [source.parent / row["image"] for row in table]
         elif source.exists():
@@ -111,7 +113,7 @@ def score_batch(scorer: Scorer, paths: list[Path], args: Namespace) -> list[dict
         numbers = torch.cat([scores_of(probabilities, args.scale)[:, None], probabilities], dim=1)
         readable = (result for result in results if not result)
         for result, values in zip(readable, numbers.tolist()):
-            result |= {name: f"{value:.6f}" for name, value in zip(new_columns(args), values)}
+            result |= {name: round(value, 6) for name, value in zip(new_columns(args), values)}
     return results
 
 
@@ -132,9 +134,13 @@ def main() -> None:
         prompt_of(args.preset, args.kind)
         rows, paths = read_inputs(args.inputs, args.kind)
         settings = {name: getattr(args, name) for name in SETTINGS} | {"weights": str(args.weights.resolve())}
+        settings["inputs"] = [str(source.resolve()) for source in args.inputs]
         columns = new_columns(args)
         with AnswerFile(args.out, rows, columns, settings) if args.out else nullcontext() as file:
             n_done = file.n_done if file else 0
+            if n_done == len(rows):
+                log(f"{printable(args.out)} has all {n_done:,} rows already")
+                return
             scorer = load_scorer(args)
             if not file:
                 print_line(["image", *columns, "error"])

@@ -1,4 +1,4 @@
-"""Answer files in the formats of the test servers, for splits whose truth is not published.
+"""Answer files in the formats of the test servers: of splits whose truth is not published, and of all of MMBench.
 
     vqav2-testdev      vqa_OpenEnded_mscoco_test-dev2015_owlet_results.json    [{"question_id": 1, "answer": "red"}]
     vizwiz-test        vizwiz_results.json                                     [{"image": "a.jpg", "answer": "red"}]
@@ -40,7 +40,7 @@ WORKBOOK = {
 
 
 def write_submission(task: str, folder: Path, out: Path, results: Results) -> None:
-    """Writes the answer file of a split without a published truth to `out`. folder: of the benchmark's files."""
+    """Writes the answer file of a task that has a test server to `out`. folder: of the benchmark's files."""
     if task == "vqav2-testdev":
         path, rows = out / VQA_FILE, [{"question_id": int(q.id), "answer": answer} for q, answer, _ in results]
     elif task == "vizwiz-test":

@@ -109,7 +109,17 @@ class Scorer:
             images = read_frames(path, fps=fps, max_frames=max_frames)
         else:
             images = [load_image(path)]
+        self.encode(len(images))
         return [to_pixels(image, self.model.config.image_size, self.fit) for image in images]
+
+    def encode(self, n_frames: int) -> list[int]:
+        """Returns the token ids of the prompt with n_frames images. Raises ValueError if they exceed the context."""
+        prompt = self.prompt.replace("<|image|>", "<|image|>" * n_frames)
+        ids = encode_raw(prompt, self.tokenizer, "owl2")
+        ids = expand_images(ids, None, self.model.config.n_visual_tokens)[0]
+        if len(ids) > self.model.config.llama.context:
+            raise ValueError(f"{n_frames} frames exceed the context of {self.model.config.llama.context} tokens")
+        return ids
 
     @torch.inference_mode()
     def probabilities(self, images: list[list[Tensor]]) -> Tensor:
@@ -118,13 +128,7 @@ class Scorer:
         images: per row the frames [3, S, S] in the place of the placeholder: one, or those of a video. Raises
         ValueError if a prompt exceeds the context, or the logits are not finite.
         """
-        model, rows = self.model, []
-        for frames in images:
-            prompt = self.prompt.replace("<|image|>", "<|image|>" * len(frames))
-            row = encode_raw(prompt, self.tokenizer, "owl2")
-            rows.append(expand_images(row, None, model.config.n_visual_tokens)[0])
-            if len(rows[-1]) > model.config.llama.context:
-                raise ValueError(f"{len(frames)} frames exceed the context of {model.config.llama.context} tokens")
+        model, rows = self.model, [self.encode(len(frames)) for frames in images]
         ids, stacked, lengths = pad(rows, [frame for frames in images for frame in frames], model)
         x = model.llama(*model.embed(ids, stacked))  # [B, T, n_embd]
         last = x[torch.arange(len(rows)), lengths - 1]  # [B, n_embd]

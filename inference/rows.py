@@ -55,7 +55,11 @@ def read_rows(path: Path, needs_prompt: bool = False) -> list[Row]:
     no row has a column "prompt".
     """
     with reading(path):
-        rows = parse(read_bytes(path, MAX_FILE).decode("utf-8-sig"), path.suffix.lower())
+        try:
+            text = read_bytes(path, MAX_FILE).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError("it is not UTF-8 text") from None
+        rows = parse(text, path.suffix.lower())
         if not rows:
             raise ValueError("it has no rows")
         columns = column_names(rows)
@@ -82,10 +86,10 @@ def parse(text: str, suffix: str) -> list[Row]:
             raise ValueError("two columns have the same name")
         for i, row in enumerate(rows, start=1):
             if None in row or None in row.values():
-                raise ValueError(f"row {i} has another number of columns than the first line")
+                raise ValueError(f"row {i} has a different number of columns from the first line")
         return rows
     if suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = [parse_line(line, i) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     elif suffix == ".json":
         rows = json.loads(text)
     else:
@@ -93,6 +97,13 @@ def parse(text: str, suffix: str) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it is not a list of objects, one for each row")
     return rows
+
+
+def parse_line(line: str, number: int) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} (character {error.colno})") from None
 
 
 @dataclass
@@ -226,6 +237,8 @@ class AnswerFile:
         """columns: of the output, besides those of the rows and "error". settings: what the answers depend on."""
         if out.suffix.lower() not in (".csv", ".jsonl"):
             raise ValueError(f"--out {out}: the name must end in .csv or .jsonl (a .json list cannot be appended to)")
+        if not out.parent.is_dir():
+            raise ValueError(f"--out {out}: there is no folder {out.parent}")
         self.is_csv = out.suffix.lower() == ".csv"
         self.out, self.new_columns = out, [*columns, "error"]
         own = column_names(rows)
@@ -282,6 +295,9 @@ class AnswerFile:
         """Saves the answer to the next row. After a kill at most the last line is incomplete."""
         values = row | {name: answer.get(name) for name in self.new_columns}
         if self.is_csv:
+            for name in ("image", "video"):
+                if isinstance(values.get(name), list):
+                    values[name] = ";".join(map(str, values[name]))  # as read_rows expects it
             cells = [values.get(name) for name in self.columns]
             self.write(self.csv_line([json.dumps(x) if isinstance(x, (list, dict, bool)) else x for x in cells]))
         else:

@@ -48,10 +48,10 @@ def test_two_runs_of_a_benchmark(tmp_path):
     (line,) = [line for line in printed.splitlines() if line.startswith("accuracy")]
     assert line.split() == f"accuracy {percent(1.3, 4)} {percent(2.3, 5)} +13.50".split()
     assert "in common: 4 (A has 4, B has 5)" in printed and "A better: 1, B better: 1, equal: 2; p = 1" in printed
-    assert "other answers: 3 of 4 (3 shown)" in printed
+    assert "different answers: 3 of 4 (3 shown)" in printed
     assert [line for line in printed.splitlines() if line in list("12345")] == ["1", "2", "3"]
     assert "  A (1.00): red\n  B (0.00): blue\n" in printed and "\\x1b[31m" in printed and "\x1b" not in printed
-    assert "(1 shown)" in run(a, b, "--shown", 1) and run(a, a).endswith("other answers: 0 of 4 (0 shown)\n")
+    assert "(1 shown)" in run(a, b, "--shown", 1) and run(a, a).endswith("different answers: 0 of 4 (0 shown)\n")
 
 
 def test_page(tmp_path):
@@ -71,6 +71,16 @@ def test_two_files_of_data(tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row | {"kind": "color"}) + "\n" for row in rows))
     printed = run(tmp_path / "a", tmp_path / "b")
     assert "right, color" in printed and "+50.00" in printed and "A better: 0, B better: 1, equal: 1; p = 1" in printed
+
+
+def test_answers_to_the_same_images_are_compared(tmp_path):
+    """Also if B was asked only some of A's questions: by images and question, not by line."""
+    rows = [{"question": "?", "truth": "red", "images": [f"{i}.png"], "answer": answer} for i, answer in enumerate("abc")]
+    for name, part in (("a", rows), ("b", [rows[2], rows[1] | {"answer": "red"}])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    printed = run(tmp_path / "a", tmp_path / "b")
+    assert "in common: 2 (A has 3, B has 2)" in printed and "A better: 0, B better: 1, equal: 1" in printed
+    assert "different answers: 1 of 2" in printed and "\n1.png\n" in printed
 
 
 def test_answers_without_a_truth(tmp_path):

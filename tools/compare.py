@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from pathlib import Path
 
 from common.files import escape_controls, printable, read_json
@@ -38,7 +39,7 @@ class Answer:
 
 
 def read_results(path: Path) -> tuple[dict[str, Number], dict[str, Answer]]:
-    """Returns a run's numbers by name and its answers by question id. path: a benchmark's folder, or a file of --data.
+    """Returns a run's numbers by name and its answers by question id (--data: by images and question). path: a benchmark's folder, or a file of --data.
 
     Raises FileNotFoundError for a run that has not finished, and ValueError for any other file.
     """
@@ -57,8 +58,10 @@ def read_results(path: Path) -> tuple[dict[str, Number], dict[str, Answer]]:
                 answers[get(row, "id")] = Answer(row["id"], get(row, "prompt"), truth, text, score, get(row, "group"))
             else:
                 truth, group = get(row, "truth"), get(row, "kind") if "kind" in row else ""
-                score = float(is_exact_match(text, truth))
-                answers[str(i)] = Answer(str(i), get(row, "question"), truth, text, score, group)
+                score, prompt = float(is_exact_match(text, truth)), get(row, "question")
+                images = ", ".join(map(str, get(row, "images", list)))
+                key = next(key for n in count() if (key := f"{images}: {prompt} ({n})") not in answers)
+                answers[key] = Answer(images or f"line {i + 1}", prompt, truth, text, score, group)
     return read_numbers(path) if path.is_dir() else count_right(answers), answers
 
 
@@ -103,7 +106,7 @@ def compare(a: dict[str, Answer], b: dict[str, Answer]) -> tuple[str, list[tuple
     if scored:
         n_equal, p = len(scored) - n_a - n_b, sign_test(n_a, n_b)
         lines.append(f"A better: {n_a:,}, B better: {n_b:,}, equal: {n_equal:,}; p = {p:.3g}")
-    lines.append(f"other answers: {len(different):,} of {len(pairs):,}")
+    lines.append(f"different answers: {len(different):,} of {len(pairs):,}")
     return "\n".join(lines), different
 
 
@@ -153,7 +156,7 @@ def main() -> None:
             raise ValueError(f"--page {args.page} exists and does not end with .html: choose another name")
         (numbers_a, a), (numbers_b, b) = read_results(args.a), read_results(args.b)
         if numbers_a.keys() != numbers_b.keys():
-            log("A and B have different numbers: they may be of different benchmarks")
+            log("A and B report different metrics: they may be of different benchmarks")
         rows, (summary, different) = number_rows(numbers_a, numbers_b), compare(a, b)
         names = [f"A: {args.a}", f"B: {args.b}"]
         print(*map(printable, names), "", sep="\n")
