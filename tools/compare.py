@@ -59,7 +59,7 @@ def read_results(path: Path) -> tuple[dict[str, Number], dict[str, Answer]]:
             else:
                 truth, group = get(row, "truth"), get(row, "kind") if "kind" in row else ""
                 score, prompt = float(is_exact_match(text, truth)), get(row, "question")
-                images = ", ".join(map(str, get(row, "images", list)))
+                images = ", ".join(get_texts(row, "images")) if row.get("images") else ""
                 key = next(key for n in count() if (key := f"{images}: {prompt} ({n})") not in answers)
                 answers[key] = Answer(images or f"line {i + 1}", prompt, truth, text, score, group)
     return read_numbers(path) if path.is_dir() else count_right(answers), answers
