@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from data.image import load_image, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer
 from evaluation.question import ImageSource, Question, first_question
 from inference.batch import ask, choose, encode_prompt
+from inference.fast_decode import FastDecoder
 from model import Owl
 from training.distributed import Dist, all_gather_object
 
@@ -84,6 +86,10 @@ class Runner:
     batch_size: int = 64  # conversations per batch
     min_new_tokens: int = 0
     max_new_tokens: int = 10
+
+    @cached_property
+    def decoder(self) -> FastDecoder:
+        return FastDecoder(self.model)
 
     def run(
         self,
@@ -184,7 +190,7 @@ class Runner:
                     texts = choose(self.model, self.tokenizer, messages, visual, choices=choices)
                 else:
                     limits = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": self.min_new_tokens}
-                    texts = ask(self.model, self.tokenizer, messages, visual, space=space, **limits)
+                    texts = ask(self.decoder, self.tokenizer, messages, visual, space=space, **limits)
                 for (turns, _), text in zip(prompts, texts):
                     answers[turns[-1].id] = text
                     yield turns, text

@@ -64,7 +64,7 @@ def pad(rows: list[list[int]], images: list[Tensor], model: Owl) -> tuple[Tensor
 
 
 def ask(
-    model: Owl,
+    decoder: FastDecoder,
     tokenizer: Tokenizer,
     questions: list[Messages],
     images: list[Tensor],
@@ -76,13 +76,14 @@ def ask(
 ) -> list[str]:
     """Answers a batch of questions, by greedy decoding unless `sampling` has a temperature.
 
+    decoder: of the model; keep it for all batches, since it keeps CUDA graphs.
     images: in the order of the questions' placeholders, pixels [3, S, S] or visual tokens [n_query + 1, n_embd] each.
     Raises ValueError if a prompt exceeds the context.
     """
-    prompts = [encode_prompt(question, model, tokenizer, space) for question in questions]
-    ids, stacked, lengths = pad(prompts, images, model)
+    prompts = [encode_prompt(question, decoder.model, tokenizer, space) for question in questions]
+    ids, stacked, lengths = pad(prompts, images, decoder.model)
     limits = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-    steps = FastDecoder(model).generate(ids, stacked, prompt_lengths=lengths, sampling=sampling, **limits)
+    steps = decoder.generate(ids, stacked, prompt_lengths=lengths, sampling=sampling, **limits)
     texts = []
     for answer in torch.stack(list(steps), dim=1).tolist():  # [B, steps]
         if tokenizer.eos_id in answer:

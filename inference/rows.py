@@ -38,6 +38,7 @@ from data.image import load_image, to_pixels
 from data.text import Tokenizer
 from data.video import read_frames
 from inference.batch import ask, choice_probabilities, encode_prompt, place_images, score_choices
+from inference.fast_decode import FastDecoder
 from model import Owl
 
 MAX_FILE = 2_000_000_000  # bytes
@@ -120,6 +121,10 @@ class RowReader:
     choices: list[str] | None = None  # the answers to choose from; without them, answers are decoded greedily
 
     @cached_property
+    def decoder(self) -> FastDecoder:
+        return FastDecoder(self.model)
+
+    @cached_property
     def n_reserved(self) -> int:
         """Tokens of an answer that must fit the context after the prompt. (The last token of a choice is no input.)"""
         return max((len(self.tokenizer.encode(choice)) - 1 for choice in self.choices or []), default=0)
@@ -199,7 +204,8 @@ def answer_batch(reader: RowReader, inputs: list[tuple[str, list[Tensor]]], max_
     prompts, images = [prompt for prompt, _ in inputs], [image for _, own in inputs for image in own]
     model, tokenizer, choices = reader.model, reader.tokenizer, reader.choices
     if choices is None:
-        return [{"answer": text} for text in ask(model, tokenizer, prompts, images, max_new_tokens=max_new_tokens)]
+        texts = ask(reader.decoder, tokenizer, prompts, images, max_new_tokens=max_new_tokens)
+        return [{"answer": text} for text in texts]
     answers = []
     for scores in score_choices(model, tokenizer, prompts, images, choices=[choices] * len(prompts)):
         p = [round(value, 6) for value in choice_probabilities(scores)]

@@ -23,6 +23,7 @@ from data.text import Tokenizer
 from data.video import read_frames
 from inference.adapter import save_lora
 from inference.batch import ask, choice_probabilities, choose, encode_prompt, place_images, score_choices
+from inference.fast_decode import FastDecoder
 from inference.rows import AnswerFile, RowReader, read_ahead
 from model import IMAGE_TOKEN_ID
 from runs import run_main
@@ -96,7 +97,7 @@ def test_batched_answers_equal_single_ones(tmp_path, run_sample, tiny):
     for row, answer in zip(rows, answers):
         paths = [path for path in row["image"].split(";") if path]
         pixels = [to_pixels(load_image(path), model.config.image_size, "square") for path in paths]
-        [text] = ask(model, tokenizer, ["<image>" * len(paths) + row["prompt"]], pixels, max_new_tokens=24)
+        [text] = ask(FastDecoder(model), tokenizer, ["<image>" * len(paths) + row["prompt"]], pixels, max_new_tokens=24)
         assert answer == row | {"id": str(row["id"]), "answer": text, "error": ""}
     assert len({answer["answer"] for answer in answers}) > 4
     flags = ("--image", SCENE, "--image", RECTANGLE, "--prompt", rows[3]["prompt"], "--max-new-tokens", 24)
@@ -383,6 +384,16 @@ def test_one_placeholder_takes_all_frames_of_a_video(tmp_path, tiny, prompt):
     assert runs == ([4 * n] if prompt == "what?" else [n, 3 * n] if prompt.count("image") == 2 else [3 * n, n])
 
 
+def test_one_decoder_for_all_batches(tmp_path, run_sample, monkeypatch):
+    """So that on CUDA its graphs are captured once."""
+    decoders, generate = [], FastDecoder.generate
+    monkeypatch.setattr(FastDecoder, "generate", lambda self, *a, **k: decoders.append(self) or generate(self, *a, **k))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"image": "", "prompt": "what?"}) for _ in range(5)))
+    flags = ("--questions", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl", "--batch", 2)
+    assert run_sample(*flags, "--max-new-tokens", 2)[0] == 0
+    assert len(decoders) == 3 and len(set(map(id, decoders))) == 1
+
+
 def test_video_of_a_question_and_of_rows(tmp_path, run_sample, tiny):
     """The frames are those of read_frames, and the answers those of a prompt with as many images."""
     model, tokenizer = tiny
@@ -399,7 +410,7 @@ def test_video_of_a_question_and_of_rows(tmp_path, run_sample, tiny):
         frames = read_frames(tmp_path / row["video"], 2, 3) if row["video"] else []
         pixels = [to_pixels(frame, 64, "square") for frame in frames]
         assert len(pixels) == (3 if frames else 0) and len(reader.read(row)[1]) == len(pixels)
-        [text] = ask(model, tokenizer, ["<image>" * len(pixels) + prompt], pixels, max_new_tokens=12)
+        [text] = ask(FastDecoder(model), tokenizer, ["<image>" * len(pixels) + prompt], pixels, max_new_tokens=12)
         assert line["answer"] == text
     code, stdout, _ = run_sample("--video", tmp_path / "a.gif", "--prompt", "<image>" + prompt, *video)
     assert (code, stdout) == (0, lines[0]["answer"] + "\n")

@@ -35,6 +35,7 @@ from inference import batch
 from inference.batch import choose, encode_prompt
 from evaluation.scoring import is_exact_match
 from inference.adapter import save_lora
+from inference.fast_decode import FastDecoder
 from model import Owl
 from runs import in_processes, run_main
 from training.distributed import Dist
@@ -153,7 +154,7 @@ def color_model(monkeypatch):
     Returns the list of images that it receives."""
     seen = []
 
-    def answer(model, tokenizer, questions, images, **options):
+    def answer(decoder, tokenizer, questions, images, **options):
         images = iter(images)
         answers = []
         for (question,) in questions:
@@ -166,6 +167,14 @@ def color_model(monkeypatch):
     monkeypatch.setattr(runner, "ask", answer)
     monkeypatch.setattr(Owl, "encode_images", lambda self, images: images)
     return seen
+
+
+def test_one_decoder_for_all_batches(make_runner, monkeypatch):
+    """So that on CUDA its graphs are captured once."""
+    decoders, generate = [], FastDecoder.generate
+    monkeypatch.setattr(FastDecoder, "generate", lambda self, *a, **k: decoders.append(self) or generate(self, *a, **k))
+    make_runner(batch_size=2, max_new_tokens=2).run([Question(str(i), "What?", []) for i in range(5)], {})
+    assert len(decoders) == 3 and len(set(map(id, decoders))) == 1
 
 
 # --- --data: a file of questions ------------------------------------------------------------------

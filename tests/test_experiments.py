@@ -19,6 +19,7 @@ from conftest import ROOT, assert_close
 from data.image import load_image, to_pixels
 from data.text import Tokenizer
 from inference.batch import ask
+from inference.fast_decode import FastDecoder
 from experiments import adaptive, patches, report, smol
 from experiments.lab import DATA, VIT, Lab, Setup, experiment, initial_model
 from model import Owl
@@ -103,7 +104,7 @@ def test_patches_are_visual_tokens(parts, tmp_path, monkeypatch):
     assert code == 0, stderr
     pixels = to_pixels(load_image("a.png"), 64, "square")
     answer = json.loads(Path("answers.jsonl").read_text())["answer"]
-    assert [answer] == ask(model, Tokenizer(TOKENIZER), ["<image>what?"], [pixels], max_new_tokens=4)
+    assert [answer] == ask(FastDecoder(model), Tokenizer(TOKENIZER), ["<image>what?"], [pixels], max_new_tokens=4)
 
 
 def test_every_setup_has_its_own_name():

@@ -17,7 +17,8 @@ from conftest import VARIANTS, needs_cuda, pad_rows, small_vocab_owl
 from common.device import not_finite
 from generate import Sampling, generate
 from inference import fast_decode
-from inference.fast_decode import N_WARMUP, DecodeState, FastDecoder, Steps, decode_step, use_column_major_weights
+from inference.fast_decode import CAPTURE_COST, N_WARMUP, DecodeState, FastDecoder, Graphs, Steps, decode_step
+from inference.fast_decode import rows_to_keep, use_column_major_weights
 from llama import KVCache, Llama
 from model import IMAGE_TOKEN_ID, Owl
 from test_generate import SAMPLED, SIZES, assert_same_tokens
@@ -118,9 +119,11 @@ def make_generate(simulate_cuda):
     """
 
     def make(kind: str, model: Owl) -> Callable[..., Iterator[Tensor]]:
+        decoder = FastDecoder(model)
+
         def with_graphs(*args, **kwargs) -> Iterator[Tensor]:
             with simulate_cuda():
-                yield from FastDecoder(model).generate(*args, **kwargs)
+                yield from decoder.generate(*args, **kwargs)
 
         plain, fast = functools.partial(generate, model), FastDecoder(model).generate
         kinds = {"plain": [plain], "fast": [fast], "mixed": [plain, fast], "graphs": [with_graphs]}
@@ -366,7 +369,7 @@ def make_steps(llama: Llama, sampling: Sampling, device: str = "cpu", max_length
     eos_bias = torch.zeros((), device=device)
     state = DecodeState(zeros, zeros.bool(), zeros.float(), eos_bias, sampling, stop_at_eos=False)
     cache = KVCache(llama.config, 3, max_length, torch.device(device), torch.float32)
-    return Steps(decode_step, False, llama, cache, state)
+    return Steps(decode_step, False, llama, cache, state, Graphs(state))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -377,7 +380,7 @@ def test_a_step_does_not_synchronize(variant, sampling):
         steps = make_steps(Llama(make_config(variant).llama), sampling)
         for n in range(1, 5):
             steps.state.stop_at_eos = n > 2
-            steps.run(n)
+            steps.run(n, n_left=9)
         assert steps.state.token.shape == (3,)
         with pytest.raises(DataDependentOutputException):
             bool(steps.state.finished[0])
@@ -395,7 +398,7 @@ def test_a_step_works_in_place(sampling):
     before = addresses()
     with torch.inference_mode():
         for n in range(1, 10):
-            steps.run(n)
+            steps.run(n, n_left=9)
             assert addresses() == before
             assert cache.lengths.tolist() == [n] * 3
 
@@ -417,6 +420,103 @@ def test_one_graph_per_bucket(simulate_cuda):
     assert log.count("capture") == 3
     assert log.count("replay") == 39 - 3 * N_WARMUP
     assert [item for item in log if item in ("capture", "replay")][:3] == ["capture", "replay", "replay"]
+
+
+def test_graphs_are_kept_for_later_answers(simulate_cuda):
+    """Also for fewer rows, another seed and other lengths; other sampling and a larger cache need new ones."""
+    model = small_vocab_owl(context=160)
+    decoder = FastDecoder(model)
+    caches = []
+
+    def n_captured(sizes: list[tuple[int, int]], max_new_tokens: int = 14, **settings) -> int:
+        batch = make_batch(model.config, sizes, seed=len(caches))
+        settings |= {"prompt_lengths": batch.lengths, "max_new_tokens": max_new_tokens}
+        expected = collect(generate(model, batch.ids, batch.images, **settings))
+        with simulate_cuda() as log:
+            assert torch.equal(collect(decoder.generate(batch.ids, batch.images, **settings)), expected)
+        caches.append(decoder.own_cache)
+        return log.count("capture")
+
+    endless = {"stop_at_eos": False}
+    assert n_captured([(2, 0)] * 4, **endless) == 1
+    assert n_captured([(1, 0), (2, 0), (2, 0), (1, 0)], **endless) == 0
+    assert n_captured([(2, 0)] * 3, **endless) == 1  # the first three rows of the same cache
+    assert n_captured([(1, 0)] * 3, **endless) == n_captured([(1, 0)] * 4, **endless) == 0
+    assert n_captured([(2, 0)] * 4, sampling=Sampling(1.3, seed=1), **endless) == 1
+    assert n_captured([(2, 0)] * 4, sampling=Sampling(1.3, seed=2), **endless) == 0
+    assert len(set(map(id, caches))) == 1
+    assert n_captured([(2, 1)] * 4, 40, **endless) > 1 and caches[-1] is not caches[0]
+    assert n_captured([(2, 0)] * 4, **endless) == 0 and caches[-1] is caches[-2]
+    assert len(decoder.graphs) == 2
+    caches.clear()
+    assert len(decoder.graphs) == 1  # what belongs to the replaced cache is freed with it
+
+
+def test_graphs_are_kept_when_rows_are_dropped(simulate_cuda, monkeypatch):
+    """The number of rows is halved each time, so that the next batch finds graphs for it."""
+    monkeypatch.setattr(fast_decode, "N_WARMUP", 0)
+    monkeypatch.setattr(fast_decode, "CAPTURE_COST", 0)
+    model = small_vocab_owl()
+    batch = make_batch(model.config, [(2 + n, 0) for n in range(9)])
+    settings = {"prompt_lengths": batch.lengths, "max_new_tokens": 40}
+    decoder, expected = FastDecoder(model), collect(generate(model, batch.ids, **settings))
+    counts = []
+    for _ in range(2):
+        with simulate_cuda() as log:
+            assert torch.equal(collect(decoder.generate(batch.ids, **settings)), expected)
+        counts.append(log.count("capture"))
+    [graphs] = decoder.graphs.values()
+    n_rows = {shape.n_row for shape in graphs.captured}
+    assert {9, 4} <= n_rows <= {9, 4, 2, 1}
+    assert counts == [len(graphs.captured), 0]
+
+
+@pytest.mark.parametrize("finished, kept", [("0000", "0123"), ("0100", "0123"), ("0101", "02"), ("1101", "2")])
+def test_rows_that_are_kept(finished, kept):
+    assert rows_to_keep(torch.tensor(list(map(int, finished)))).tolist() == list(map(int, kept))
+
+
+def test_short_answers_are_not_captured(simulate_cuda):
+    """Until as many eager steps have run, over all answers, as a capture costs."""
+    model = small_vocab_owl()
+    decoder, ids = FastDecoder(model), torch.full((1, 4), 3)
+    settings = {"max_new_tokens": 4, "stop_at_eos": False}
+    expected = collect(generate(model, ids, **settings))
+    n_captured = []
+    for _ in range(4):
+        with simulate_cuda() as log:
+            assert torch.equal(collect(decoder.generate(ids, **settings)), expected)
+        n_captured.append(log.count("capture"))
+    assert CAPTURE_COST == 8  # three steps per answer: the third answer captures its last one
+    assert n_captured == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_two_answers_at_a_time(simulate_cuda, on_cuda):
+    """They do not share a cache. An answer that is left early gives up its own."""
+    model = small_vocab_owl()
+    batches = [make_batch(model.config, [(n, 0)]) for n in (4, 9)]
+    settings = {"max_new_tokens": 12, "stop_at_eos": False}
+    expected = [collect(generate(model, batch.ids, **settings)) for batch in batches]
+    decoder = FastDecoder(model)
+    for n_read in (12, 12, 5, 12):
+        with simulate_cuda() if on_cuda else contextlib.nullcontext():
+            pairs = zip(*(decoder.generate(batch.ids, **settings) for batch in batches))
+            tokens = zip(*itertools.islice(pairs, n_read))
+            assert all(torch.equal(torch.stack(row, dim=1), e[:, :n_read]) for row, e in zip(tokens, expected))
+
+
+@pytest.mark.parametrize("kind", ["fast", "graphs"])
+def test_an_answer_after_one_that_is_not_finite(make_generate, kind):
+    """NaN in a cache do not reach the next answer, although a step of fixed size reads beyond its tokens."""
+    model = small_vocab_owl()
+    function = make_generate(kind, model)
+    good, bad = (make_batch(model.config, [(n, 1)], seed=n) for n in (2, 12))
+    expected = collect(generate(model, good.ids, good.images, max_new_tokens=8))
+    for cache in (None, model.llama.make_cache(1, 64)):
+        with pytest.raises(ValueError, match="visual tokens"):
+            collect(function(bad.ids, bad.images.fill_(torch.nan), max_new_tokens=8, cache=cache))
+        assert torch.equal(collect(function(good.ids, good.images, max_new_tokens=8, cache=cache)), expected)
 
 
 def test_the_host_reads_tokens_one_step_late(simulate_cuda):
@@ -552,12 +652,12 @@ def test_no_step_synchronizes_on_cuda(sampling):
     steps = make_steps(llama, sampling, "cuda", max_length=BUCKET)
     with torch.no_grad():
         for n in range(1, N_WARMUP + 2):
-            steps.run(n)  # the last one is captured, which synchronizes
+            steps.run(n, n_left=CAPTURE_COST)  # the last one is captured, which synchronizes
         torch.cuda.set_sync_debug_mode("error")
         try:
             steps.step(llama, steps.cache, steps.state)
             for n in range(N_WARMUP + 3, BUCKET):
-                steps.run(n)
+                steps.run(n, n_left=CAPTURE_COST)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert list(steps.graphs) == [BUCKET]
+    assert [shape.attend_len for shape in steps.graphs.captured] == [BUCKET]

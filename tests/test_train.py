@@ -34,6 +34,7 @@ from data.image import load_image, to_pixels
 from data.mix import BatchSampler, Mixture
 from data.text import Tokenizer
 from inference.batch import ask
+from inference.fast_decode import FastDecoder
 from inference.adapter import load_lora
 from inference.quantize import QuantizedLinear, load_quantized
 from llama import PackedSequences
@@ -420,7 +421,7 @@ def test_stage_2_learns_to_see(tmp_path):
     rows = json.loads(val.read_text())
     questions = [row["conversations"][0]["value"] for row in rows]
     images = [to_pixels(load_image(tmp_path / row["image"]), SIZE, "square") for row in rows]
-    answers = ask(load_model(out), Tokenizer(out), questions, images, max_new_tokens=5)
+    answers = ask(FastDecoder(load_model(out)), Tokenizer(out), questions, images, max_new_tokens=5)
     assert answers == [row["conversations"][1]["value"] for row in rows]
 
 

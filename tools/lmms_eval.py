@@ -30,6 +30,7 @@ from data.image import DEFAULT_FIT, FITS, to_pixels
 from data.text import IMAGE_PLACEHOLDER, Tokenizer
 from generate import Sampling
 from inference.batch import ask, count_placeholders, encode_prompt, score_choices
+from inference.fast_decode import FastDecoder
 from inference.loading import load_for_inference
 from sample import TINY_FOLDER
 
@@ -82,6 +83,7 @@ class OwletModel(lmms):
             dtype=dtype,
         )
         self.model.config.llama.eos_id = self.tokenizer.eos_id
+        self.decoder = FastDecoder(self.model)
         self.fit = fit or DEFAULT_FIT[self.model.config.variant]
 
     @classmethod
@@ -108,7 +110,7 @@ class OwletModel(lmms):
                 for batch in self.batches(entries):
                     indices, questions, images = unzip(batch)
                     options = {"max_new_tokens": limit, "sampling": sampling}
-                    texts = ask(self.model, self.tokenizer, questions, images, **options)
+                    texts = ask(self.decoder, self.tokenizer, questions, images, **options)
                     for i, text in zip(indices, texts):
                         answers[i] = end_before(text, requests[i].args[1].get("until") or [])
                     bar.update(len(batch))
