@@ -34,11 +34,19 @@ VARIANTS = ("owl1", "owl2")
 
 Numbers = Tensor | float | list[float]
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.cuda
 
 # The tensors are tiny: a second thread only waits. The processes that tests start inherit the number.
 N_THREAD = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(N_THREAD)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked cuda where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

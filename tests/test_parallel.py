@@ -6,6 +6,7 @@ batches. The ranks get different work: images or none, many or few supervised to
 
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import llama
 import train
-from conftest import GOLDEN, N_THREAD, ROOT
+from conftest import GOLDEN, N_THREAD, ROOT, needs_cuda
 from data.conversations import collate
 from model import Owl
 from runs import free_ports, in_processes
@@ -44,7 +45,6 @@ from test_train import (
 )
 from training import parallel
 from training.distributed import Dist
-from training import parallel
 from training.parallel import choose_fsdp
 from training.presets import PRESETS, init_weights
 from weights import save_model
@@ -407,6 +407,17 @@ def test_bfloat16_on_one_process_keeps_trained_weights_in_float32(
     losses = losses_of(tmp_path / "out")
     assert losses != expected
     assert losses == pytest.approx(expected, rel=0.02)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("stage, variant", itertools.product(("train_stage1", "train_stage2"), ("owl1", "owl2")))
+def test_a_run_on_cuda_equals_one_on_a_cpu(short_run, stage, variant, kind):
+    """In float32 to rounding, in bfloat16 to 2 % of the loss."""
+    expected = losses_of(short_run(stage, variant, "--device", "cpu"))
+    on_cuda = ("--device", "cuda", "--parallel", kind)
+    assert losses_of(short_run(stage, variant, *on_cuda, "--precision", "fp32")) == pytest.approx(expected, rel=1e-4)
+    assert losses_of(short_run(stage, variant, *on_cuda)) == pytest.approx(expected, rel=0.02)
 
 
 def test_choose_fsdp(monkeypatch):

@@ -15,7 +15,7 @@ import lora
 import tools.merge
 import tools.quantize
 import weights
-from conftest import GOLDEN, make_config, make_images, make_owl
+from conftest import GOLDEN, make_config, make_images, make_owl, needs_cuda
 from generate import generate
 from inference import quantize
 from inference.adapter import load_lora, load_non_lora, save_lora
@@ -376,7 +376,7 @@ def test_merge_command(adapted, tmp_path):
     assert run_main(tools.merge.main, *flags)[0] == 2  # --out already holds weights
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("n_in", [64, 128, 192, 4096])
 def test_cuda_computes_with_the_same_weights(bits, n_in):

@@ -19,7 +19,7 @@ from PIL import Image
 from common import device
 import lora
 import sample
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, needs_cuda
 from data.image import load_image, to_pixels
 from data.text import Tokenizer, expand_images, render_prompt
 from common.files import read_json, write_json
@@ -28,6 +28,7 @@ from inference import fast_decode
 from inference.adapter import save_lora
 from inference.chat import ChatSession, Conversation, stream_text
 from inference.loading import select_device, select_dtype
+from inference.quantize import BITS
 from model import Owl
 from training.distributed import init_distributed
 from training.presets import PRESETS, init_weights
@@ -141,6 +142,15 @@ def test_dtype(folders, capsys, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a machine with a million bytes of memory
     assert select_dtype("auto", cpu, config, False) == torch.bfloat16
     assert select_dtype("float32", cpu, config, False) == torch.float32
+
+
+@needs_cuda
+@pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--dtype", "bfloat16"), *(("--quantize", to) for to in BITS)])
+def test_answers_on_cuda_equal_those_on_a_cpu(capsys, flags):
+    """Of the embedded model, which is sure of each token."""
+    flags += ("--image", ROOT / "assets" / "scene.png", "--prompt", "Describe the image.")
+    expected, answer = (run_sample(capsys, "--device", device, *flags) for device in ("cpu", "cuda"))
+    assert answer[:2] == expected[:2] and len(answer[1].split()) > 10
 
 
 def test_compile_happens_once_before_the_first_answer(folders, capsys, monkeypatch):
