@@ -34,9 +34,9 @@ def test_train(more):
     """tokens/s and images/s follow from ms/step; no MFU on a CPU."""
     flags = ("--preset", "tiny-owl2", "--micro", 3, "--length", 11, "--steps", 2)
     *_, line = run_main(bench_train.main, *flags, *more)[1].splitlines()
-    milliseconds, tokens, images, mfu, memory = line.removesuffix(" GB").split()[-5:]
+    milliseconds, tokens, images, mfu, memory, _, predicted = line.removesuffix(" GB").split()[-7:]
     seconds = int(milliseconds) / 1000
-    assert mfu == "-" and 0.1 < float(memory) < 20
+    assert mfu == "-" and 0.1 < float(memory) < 20 and float(predicted) < 0.1
     rounding = 0.02 + 1 / int(milliseconds)
     assert float(images) == pytest.approx(3 / seconds, rel=rounding)
     assert int(tokens.replace(",", "")) == pytest.approx(3 * (11 + 9) / seconds, rel=rounding)  # 9 visual tokens

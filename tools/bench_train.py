@@ -6,12 +6,13 @@
 
 Each step trains on the same random micro-batch; a sample has one image and --length text tokens, half of them
 supervised. The table shows for the median step: milliseconds, tokens/s and images/s over all devices, MFU (model FLOPs
-utilization: FLOPs of the step, without recomputation, per second as a share of the device's peak; training/flops.py)
-and peak memory (of tensors on CUDA, of the whole process on a CPU).
+utilization: FLOPs of the step, without recomputation, per second as a share of the device's peak; training/flops.py),
+peak memory (of tensors on CUDA, of the whole process on a CPU), and the memory that --dry-run would predict.
 """
 
 import argparse
 import gc
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -19,7 +20,7 @@ import torch
 import train_stage1
 import train_stage2
 from command import run, user_errors
-from data.conversations import collate
+from data.conversations import Batch, collate
 from inference.qlora import quantize_base
 from inference.quantize import BITS, QuantizedLinear
 from model import Owl
@@ -30,7 +31,7 @@ from training.flops import peak_flops, train_flops
 from training.monitor import peak_memory
 from training.optimizer import make_optimizer
 from training.options import nonnegative_int, positive_int
-from training.memory import state_bytes
+from training.memory import activation_bytes, state_bytes
 from training.parallel import autocast, choose_fsdp, prepare_blocks, shard, wrap_ddp
 from training.presets import PRESETS, resize
 
@@ -48,7 +49,7 @@ BENCHMARK_SETS = {  # arguments of each row without --preset
         LARGE | {"stage": 2, "micro_batch": 4, "length": 1983},
     ],
 }
-HEADER = f"{'what':<44}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'MFU':>9}{'memory':>10}"
+HEADER = f"{'what':<44}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'MFU':>9}{'memory':>10}{'predicted':>11}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,6 +91,15 @@ def prepare_training(args: argparse.Namespace, dist: Dist) -> tuple[Owl, torch.o
     return model.train(), make_optimizer(model, recipe), fsdp
 
 
+def predicted_bytes(model: Owl, batch: Batch, dist: Dist) -> float:
+    """The memory of a step with one micro-batch and without sharding, as in training.setup.memory_per_device."""
+    needed = state_bytes(model)
+    in_forward = autocast(replace(dist, device=torch.device("cpu")), fsdp=False)
+    sizes = (batch.n_image, batch.n_token, batch.n_supervised)
+    activations = activation_bytes(model, *sizes, autocast=in_forward, accumulate=False)
+    return sum(needed.values()) + max(0.0, activations - needed["gradients"])
+
+
 def measure_steps(args: argparse.Namespace, dist: Dist) -> str:
     """Returns a row of the table."""
     gc.collect()
@@ -124,7 +134,8 @@ def measure_steps(args: argparse.Namespace, dist: Dist) -> str:
     what += (f", LoRA {args.lora_rank}" if args.lora_rank else "")
     what += (f", {args.quantize}" if args.quantize else "") + (", ViT frozen" if args.freeze_vit else "")
     rates = f"{n_token / typical:>10,.0f}{n_image / typical:>10.1f}"
-    return f"{what:<44}{1000 * typical:>9.0f}{rates}{mfu:>9}{memory:>7.1f} GB"
+    predicted = "-" if fsdp else f"{predicted_bytes(model, batch, dist) / 1e9:.1f} GB"
+    return f"{what:<44}{1000 * typical:>9.0f}{rates}{mfu:>9}{memory:>7.1f} GB{predicted:>11}"
 
 
 def main() -> None:
