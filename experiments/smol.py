@@ -81,7 +81,7 @@ def run_stage2(lab: Lab, setup: Setup, seed: int) -> None:
 
 
 def measure(lab: Lab, name: str, start: str) -> None:
-    flags = ["--weights", name, "--variant", start[:4], "--questions", "scenes/text_test.json"]
+    flags = ["--weights", name, "--variant", start[:4], "--questions", "scenes/text_test.json", "--device", "auto"]
     lab.run_once(f"{name}-text", "tools.text_ability", *flags, "--out", f"{name}-text.json")
 
 

@@ -26,6 +26,7 @@ from data.text import Tokenizer, render_prompt
 from evaluation.qa_file import read_cases
 from common.files import printable, read_bytes, reading, write_json
 from generate import generate
+from inference.loading import select_device
 from model import Owl
 from training.parallel import materialize
 from training.presets import PRESETS
@@ -35,23 +36,23 @@ from weights import load_model
 ENGLISH = Path(__file__).resolve().parents[1] / "data/smollm/english.txt"
 
 
-def load_llama(folder: Path) -> Owl:
+def load_llama(folder: Path, device: torch.device) -> Owl:
     """Loads SmolLM2, from data/smollm/prepare.py, as the language model of an Owl that never sees an image."""
     with torch.device("meta"):
         model = Owl(PRESETS["smol-owl1"]())
     rest = {name: x for part in ("vit", "abstractor") for name, x in getattr(model, part).named_parameters(part)}
     blank = ((name, torch.zeros(x.shape)) for name, x in rest.items())
-    materialize(model, [*blank, *llama_tensors(folder, model.state_dict())], "cpu")
+    materialize(model, [*blank, *llama_tensors(folder, model.state_dict())], device)
     return model.eval()
 
 
 @torch.no_grad()
 def read_text(model: Owl, tokenizer: Tokenizer, text: str) -> tuple[float, str]:
     """Returns the perplexity of a text, paragraph by paragraph, and the fingerprint of the logits."""
-    loss, n_token, digest = 0.0, 0, hashlib.sha256()
+    loss, n_token, digest, device = 0.0, 0, hashlib.sha256(), next(model.parameters()).device
     for paragraph in text.strip().split("\n\n"):
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(paragraph)]])
-        logits = model(ids)[0][0].float()  # [T, vocab_size]
+        logits = model(ids.to(device))[0][0].float().cpu()  # [T, vocab_size]
         loss += F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").item()
         n_token += ids.shape[1] - 1
         digest.update(logits.numpy().tobytes())
@@ -72,6 +73,7 @@ def main() -> None:
     add("--questions", type=Path, default=Path("data/smollm/text_test.json"), help="default: %(default)s")
     add("--variant", choices=("owl1", "owl2"), default="owl2", help="prompt format of the questions (default: owl2)")
     add("--max-new-tokens", type=int, default=16, metavar="N", help="length of an answer (default: %(default)s)")
+    add("--device", default="cpu", help="cpu (default), cuda, mps, or auto; the fingerprint depends on it")
     add("--show", type=int, default=0, metavar="N", help="print the first N answers")
     add("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file too")
     args = parser.parse_args()
@@ -79,7 +81,8 @@ def main() -> None:
         folder = args.weights or args.llama
         tokenizer = Tokenizer(folder)
         cases = read_cases(args.questions, args.questions.parent)
-        model = load_model(folder) if args.weights else load_llama(folder)
+        device = select_device(args.device)
+        model = load_model(folder, device) if args.weights else load_llama(folder, device)
         model.config.llama.eos_id = tokenizer.eos_id
         with reading(ENGLISH):
             text = read_bytes(ENGLISH, 100_000).decode("utf-8")
@@ -89,7 +92,7 @@ def main() -> None:
     is_right = defaultdict(list)
     for i, case in enumerate(cases):
         question = case.question
-        ids = torch.tensor([render_prompt([question.prompt, None], tokenizer, args.variant)])
+        ids = torch.tensor([render_prompt([question.prompt, None], tokenizer, args.variant)], device=device)
         tokens = [int(token) for token in generate(model, ids, max_new_tokens=args.max_new_tokens)]
         answer = tokenizer.decode(tokens)
         for kind in ("all questions", case.notes.get("kind", "other")):
