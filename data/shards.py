@@ -79,14 +79,12 @@ class Scan(NamedTuple):
 class Member(tarfile.TarInfo):
     """A member's header. Two kinds of headers are not left to tarfile."""
 
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Member":
-        member = super().frombuf(buf, encoding, errors)
-        if member.type == tarfile.XGLTYPE:
-            member.type = b"?"  # skipped: a read from the middle of the shard does not see a global header
-        if member.type in EXTENDED and not 0 <= member.size <= MAX_HEADER:
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile lets subclasses override it
+        if self.type == tarfile.XGLTYPE:
+            self.type = b"?"  # skipped: a read from the middle of the shard does not see a global header
+        if self.type in EXTENDED and not 0 <= self.size <= MAX_HEADER:
             raise tarfile.HeaderError("tarfile would read this size into memory")
-        return member
+        return super()._proc_member(archive)
 
 
 def read_members(file: BinaryIO, start: int) -> Iterator[Member]:
