@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import GOLDEN, assert_close
+from conftest import GOLDEN
 from data import image
 from data.image import FITS, MEAN_COLOR, augment, load_image, to_pixels
 
@@ -55,7 +55,9 @@ def test_golden_pixels():
         size = {"owl1": 224, "owl2": 448}[variant]
         pixels = to_pixels(load_image(GOLDEN / "text" / "images" / name), size, fit)
         assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
-        assert_close(pixels[:, ::7, ::7], expected, 1e-6, name=key)
+        # Decoders of JPEG differ by one or two of 255 levels; a standard deviation is at least 0.26 of the range.
+        atol = 2.5 / 255 / 0.26 if name.endswith(".jpg") else 1e-6 * expected.abs().max().item()
+        torch.testing.assert_close(pixels[:, ::7, ::7], expected, rtol=0, atol=atol, msg=lambda text: f"{key}: {text}")
     assert {key.split("/")[1] for key in golden} == set(FITS)
 
 

@@ -1,6 +1,7 @@
 """Packed sequences: the results of each sequence alone, no attention between them, and a loss in chunks."""
 
 import math
+import statistics
 from itertools import accumulate
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
+from common.device import disable_tf32
 from conftest import VARIANTS, Batch, assert_close, assert_gradients_close, gradients, make_batch, make_config, make_owl
 from conftest import needs_cuda
 from llama import PackedSequences, packed_attention
@@ -169,7 +171,10 @@ def test_only_one_chunk_of_logits_is_in_memory(monkeypatch, trained):
 @pytest.mark.parametrize("n_kv_head", [8, 2])
 @pytest.mark.parametrize("lengths", [[1, 300, 17, 1, 64, 129], [1], [2048], [1] * 50])
 def test_the_varlen_kernel_equals_the_loop(n_kv_head, lengths):
-    """In bfloat16, within 1 % of the largest number: both round their inputs to 8 bits, but sum in another order."""
+    """In bfloat16, within 1 % of the largest number: both round their inputs to 8 bits, but sum in another order.
+
+    Gradients are compared together: those of a query that sees a single key are 0, to rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     T, D = sum(lengths), 64
     shapes = ((1, 8, T, D), (1, n_kv_head, T, D), (1, n_kv_head, T, D))
@@ -182,8 +187,9 @@ def test_the_varlen_kernel_equals_the_loop(n_kv_head, lengths):
     assert y.dtype == torch.bfloat16
     (y * weight.cuda()).sum().backward()
     (expected * weight.float()).sum().backward()
-    for a, b in [(y, expected), *((a.grad, b.grad) for a, b in zip(rounded, exact))]:
-        assert_close(a.detach().cpu().float(), b.detach(), 0.01)
+    assert_close(y.detach().cpu().float(), expected.detach(), 0.01)
+    on_cuda, on_cpu = (torch.cat([x.grad.cpu().float().flatten() for x in inputs]) for inputs in (rounded, exact))
+    assert_close(on_cuda, on_cpu, 0.01)
 
 
 @needs_cuda
@@ -191,20 +197,28 @@ def test_the_varlen_kernel_equals_the_loop(n_kv_head, lengths):
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 @pytest.mark.parametrize("name", ROWS)
 def test_packed_on_cuda_equals_cpu(variant, n_kv_head, name):
-    """bfloat16 autocast against float32: the loss within 1 %; gradients within 30 % of their norm, half within 5 %."""
+    """In float32 to rounding. In bfloat16 the loss within 1 %, and gradients differ no more than a CPU's in bfloat16."""
+    disable_tf32()
     model = make_owl(make_config(variant, llama={"n_kv_head": n_kv_head}), seed=3)
     batch = make_batch(model.config, ROWS[name])
     ids, labels, packed = pack(batch)
-    _, loss = model(ids, batch.images, labels, packed)
-    expected = gradients(model, loss)
-    model.cuda()
-    images = None if batch.images is None else batch.images.cuda()
-    packed = packed._replace(cu_seqlens=packed.cu_seqlens.cuda())
-    with torch.autocast("cuda", torch.bfloat16):
-        _, rounded = model(ids.cuda(), images, labels.cuda(), packed)
-    assert rounded.item() == pytest.approx(loss.item(), rel=0.01)
-    errors = []
-    for name, gradient in gradients(model, rounded).items():
-        if expected[name].norm() > 1e-4:
-            errors.append(((gradient.cpu() - expected[name]).norm() / expected[name].norm()).item())
-    assert sorted(errors)[len(errors) // 2] < 0.05 and max(errors) < 0.3
+
+    def compute(device: str, bfloat16: bool) -> tuple[float, dict[str, Tensor]]:
+        model.to(device)
+        images = None if batch.images is None else batch.images.to(device)
+        on_device = packed._replace(cu_seqlens=packed.cu_seqlens.to(device))
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            _, loss = model(ids.to(device), images, labels.to(device), on_device)
+        return loss.item(), {name: x.cpu() for name, x in gradients(model, loss).items()}
+
+    loss, expected = compute("cpu", False)
+    expected = {name: x for name, x in expected.items() if x.norm() > 1e-4}
+
+    def median_error(actual: dict[str, Tensor]) -> float:
+        return statistics.median(((actual[name] - x).norm() / x.norm()).item() for name, x in expected.items())
+
+    exact_loss, exact = compute("cuda", False)
+    assert exact_loss == pytest.approx(loss, rel=1e-5) and median_error(exact) < 1e-4
+    rounded_loss, rounded = compute("cuda", True)
+    assert rounded_loss == pytest.approx(loss, rel=0.01)
+    assert median_error(rounded) < 2 * median_error(compute("cpu", True)[1])

@@ -316,7 +316,7 @@ def test_no_process_of_a_sharded_run_ever_has_the_whole_model(tmp_path):
     for port, kind in zip(free_ports(2), ("fsdp", "ddp")):
         jobs.append((port, tmp_path / kind, ("train_stage2", *flags, "--parallel", kind)))
     in_processes(2, tmp_path, measure_loading, jobs)
-    for kind, expected, at_least, at_most in (("fsdp", size / 2, 0.45, 0.6), ("ddp", size, 0.95, 1.2)):
+    for kind, expected, at_least, at_most in (("fsdp", size / 2, 0.4, 0.6), ("ddp", size, 0.9, 1.2)):
         for memory, n_byte in observations(tmp_path / kind):
             assert n_byte == pytest.approx(expected, rel=0.01)
             assert len(memory) > 200

@@ -456,7 +456,7 @@ def test_without_the_modules_that_windows_lacks(tmp_path, command):
     """os.sysconf, fcntl and resource do not exist there; an empty module stands in for msvcrt."""
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
-    hide = "import os, runpy, subprocess, sys, types; del os.sysconf; "
+    hide = "import asyncio, os, runpy, subprocess, sys, types; del os.sysconf; "  # Python's asyncio needs it on Linux
     hide += "sys.modules |= {'fcntl': None, 'resource': None}; "
     hide += "sys.modules['msvcrt'] = types.ModuleType('msvcrt'); sys.path[0] = sys.argv[1]; sys.argv = sys.argv[2:]; "
     hide += "runpy.run_path(os.path.join(sys.path[0], sys.argv[0]), run_name='__main__')"
