@@ -152,7 +152,7 @@ def load_model_and_tokenizer(args: Namespace, dist: Dist) -> tuple[Owl, Tokenize
     model = load_with_adapter(Path(args.weights), adapter, dist.device, dist.dtype, args.quantize)
     model.config.llama.eos_id = tokenizer.eos_id
     bits = bits_of(model)
-    if bits and dist.is_main and (why := why_slow(bits, dist.device, dist.dtype, compiled=False)):
+    if bits and dist.is_main and (why := why_slow(bits, dist.device, dist.dtype)):
         log(why)
     return model, tokenizer
 

@@ -207,7 +207,7 @@ def load(args: argparse.Namespace, model: Owl | None, tokenizer: Tokenizer) -> O
     bits = bits_of(model)
     precision = str(dtype).removeprefix("torch.") + (f", its language model in {bits} bits" if bits else "")
     log(f"{printable(folder)} on {device} in {precision}")
-    if bits and (reason := why_slow(bits, device, dtype, args.compile)):
+    if bits and (reason := why_slow(bits, device, dtype)):
         log(reason)
     if args.weights is None:
         log(TINY_NOTICE)

@@ -15,9 +15,8 @@ compensate its errors. Tied embeddings are not quantized.
           +-------- many rows: dequantize the weights of CHUNK outputs at a time, F.linear ---+
 
 With few rows, as in a decode step, the time is spent on reading weights, and the kernel reads fewer bytes. With many
-rows, as in prefill, it is spent on multiplications, where dense matrix products are faster. This is on a CPU. On CUDA
-the 4-bit kernel is used for all rows, though it should be slower than bfloat16 in prefill; for 8 bits, torch.compile
-fuses the conversion into the product if there is one row.
+rows, as in prefill, it is spent on multiplications, where dense matrix products are faster. On CUDA the 4-bit kernel is
+used for all rows; the 8-bit kernel is int8_cuda.py.
 
 load_quantized quantizes while it loads. save_quantized writes a model folder that has "quantization" in config.json
 and NAME.weight and NAME.scale for each quantized Linear; tools/quantize.py is its command.
@@ -25,6 +24,7 @@ and NAME.weight and NAME.scale for each quantized Linear; tools/quantize.py is i
 
 import json
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,6 +35,10 @@ from common.files import read_json
 from lora import LoRALinear
 from model import Owl
 from weights import assign_tensors, hf_tensors, load_model, read_config, save_model
+
+HAS_TRITON = find_spec("triton") is not None  # torch installs it where it supports CUDA, except on Windows
+if HAS_TRITON:
+    from inference import int8_cuda
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64  # inputs that share an int4 scale and zero point; n_in is padded with zeros to a multiple
@@ -158,7 +162,9 @@ class Int8Linear(QuantizedLinear):
 
     def matmul(self, x: Tensor) -> Tensor:
         scale = self.scale.to(x.dtype)
-        if x.is_cuda:  # a compiler fuses this for one row; otherwise the converted weight is written and read again
+        if x.is_cuda:
+            if HAS_TRITON and x.dtype == torch.bfloat16 and x.shape[0] <= int8_cuda.MAX_ROWS:
+                return int8_cuda.multiply_few_rows(x, self.weight, scale)
             return F.linear(x, self.weight.to(x.dtype)) * scale
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] <= self.max_kernel_rows:
             return torch._weight_int8pack_mm(x, self.weight, scale)
@@ -316,11 +322,11 @@ def save_quantized(model: Owl, folder: str | Path) -> None:
     save_model(model, folder, {"quantization": {"bits": bits_of(model), "group": GROUP}})
 
 
-def why_slow(bits: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:
+def why_slow(bits: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Returns a sentence for the user if decoding is slower than with unquantized weights, else None."""
     reason = None
-    if device.type == "cuda" and bits == 8 and not compiled:
-        reason = "on CUDA they are faster only for one row and compiled"
+    if device.type == "cuda" and bits == 8 and not (HAS_TRITON and dtype == torch.bfloat16):
+        reason = "on CUDA they are fast in bfloat16 only, and need Triton"
     elif device.type == "cpu" and dtype != torch.bfloat16:
         reason = "on a CPU they are fast in bfloat16 only"
     elif device.type == "cpu" and bits == 4 and not CPU_HAS_INT4:

@@ -113,7 +113,7 @@ def test_forward_multiplies_with_the_dequantized_weight(bits, has_kernel, dtype,
     """With the kernel, and by dense products where there is none or for many rows (0: only visual tokens)."""
     if not has_kernel:
         monkeypatch.setattr(quantize, "CPU_HAS_INT4", False)
-        assert "AVX-512" in quantize.why_slow(4, torch.device("cpu"), torch.bfloat16, False)
+        assert "AVX-512" in quantize.why_slow(4, torch.device("cpu"), torch.bfloat16)
     for shape in SHAPES:
         linear, _ = make_linear(*shape, bits)
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -336,15 +336,18 @@ def test_config_and_files_disagree(saved, tmp_path):
     assert_refused(plain, "float32")
 
 
-def test_why_slow():
-    """On a CPU bfloat16 is fast, on CUDA 4 bits, or 8 when compiled."""
+def test_why_slow(monkeypatch):
+    """On a CPU bfloat16 is fast, on CUDA 4 bits, or 8 in bfloat16 with Triton."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert quantize.why_slow(8, cpu, torch.bfloat16, False) is None
-    assert "bfloat16" in quantize.why_slow(8, cpu, torch.float32, False)
-    assert "compiled" in quantize.why_slow(8, cuda, torch.bfloat16, False)
-    assert quantize.why_slow(8, cuda, torch.bfloat16, True) is None
-    assert quantize.why_slow(4, cuda, torch.bfloat16, False) is None
-    assert "mps" in quantize.why_slow(8, torch.device("mps"), torch.bfloat16, True)
+    monkeypatch.setattr(quantize, "HAS_TRITON", True)
+    assert quantize.why_slow(8, cpu, torch.bfloat16) is None
+    assert "bfloat16" in quantize.why_slow(8, cpu, torch.float32)
+    assert quantize.why_slow(8, cuda, torch.bfloat16) is None
+    assert "bfloat16" in quantize.why_slow(8, cuda, torch.float32)
+    assert quantize.why_slow(4, cuda, torch.bfloat16) is None
+    assert "mps" in quantize.why_slow(8, torch.device("mps"), torch.bfloat16)
+    monkeypatch.setattr(quantize, "HAS_TRITON", False)
+    assert "Triton" in quantize.why_slow(8, cuda, torch.bfloat16)
 
 
 # --- commands --------------------------------------------------------------------------------------
@@ -379,12 +382,13 @@ def test_merge_command(adapted, tmp_path):
 @needs_cuda
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("n_in", [64, 128, 192, 4096])
-def test_cuda_computes_with_the_same_weights(bits, n_in):
+@pytest.mark.parametrize("n_row", [1, 3, 17, 64, 65])
+def test_cuda_computes_with_the_same_weights(bits, n_in, n_row):
     """The first call converts 4-bit weights to the layout of the kernel, the second uses them."""
     torch.manual_seed(0)
     linear = LINEARS[bits](n_in, 70)
     linear.set_weight(torch.randn(70, n_in))
-    x = torch.randn(3, n_in).bfloat16()
+    x = torch.randn(n_row, n_in).bfloat16()
     expected = F.linear(x.float(), linear.dequantize())
     linear.cuda()
     for _ in range(2):
