@@ -66,7 +66,7 @@ def run_stage1(lab: Lab, start: str) -> None:
     lab.run_once("scenes", "data.smollm.scenes", "--out", "scenes", "--images", str(lab.n_image))
     flags = ["--preset", f"smol-{start}", "--llama", "smollm2", "--data", "scenes/captions.json", *STAGE1]
     lab.train(["train_stage1"], start, N_STEP_1, *flags, common=COMMON)
-    measure(lab, start, start)
+    measure(lab, start)
 
 
 def run_stage2(lab: Lab, setup: Setup, seed: int) -> None:
@@ -75,13 +75,13 @@ def run_stage2(lab: Lab, setup: Setup, seed: int) -> None:
     flags = ["--weights", setup.start, "--mix", *mix, "--warmup", "10", "--seed", str(seed)]
     flags += LORA if setup.lora else EVERYTHING
     lab.train(["train_stage2"], name, N_STEP_2, *flags, common=COMMON)
-    measure(lab, name, setup.start)
+    measure(lab, name)
     flags = ["--weights", name, "--data", "scenes/test.json", "--limit", str(N_TEST), "--precision", "bf16"]
     lab.run_once(f"{name}-test", "evaluate", *flags, "--batch", "32", "--out", f"{name}-test.jsonl")
 
 
-def measure(lab: Lab, name: str, start: str) -> None:
-    flags = ["--weights", name, "--variant", start[:4], "--questions", "scenes/text_test.json", "--device", "auto"]
+def measure(lab: Lab, name: str) -> None:
+    flags = ["--weights", name, "--questions", "scenes/text_test.json", "--device", "auto"]
     lab.run_once(f"{name}-text", "tools.text_ability", *flags, "--out", f"{name}-text.json")
 
 

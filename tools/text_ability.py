@@ -7,8 +7,9 @@
     questions      of --questions (data/smollm/text_test.json): the share of greedy answers that contain the truth
     fingerprint    of the logits on the text: equal if and only if nothing has changed, to the bit
 
-Questions are asked in the prompt format of Owl2, or of --variant. An answer that contains the truth as a word, in any
-case, counts: a language model that was never trained on the papers' request for a short answer writes sentences.
+Questions are asked in the prompt format of the model, for --llama in that of --variant. An answer that contains the truth
+as a word, in any case, counts: a language model that was never trained on the papers' request for a short answer writes
+sentences.
 """
 
 from command import ArgumentParser, run, user_errors
@@ -17,15 +18,18 @@ import hashlib
 import math
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from data.text import Tokenizer, render_prompt
+from data.text import Tokenizer
 from evaluation.qa_file import read_cases
 from common.files import printable, read_bytes, reading, write_json
-from generate import generate
+from inference.batch import ask
+from inference.fast_decode import FastDecoder
 from inference.loading import select_device
 from model import Owl
 from training.parallel import materialize
@@ -33,13 +37,14 @@ from training.presets import PRESETS
 from training.pretrained import llama_tensors
 from weights import load_model
 
+BATCH = 50  # questions that are answered at a time
 ENGLISH = Path(__file__).resolve().parents[1] / "data/smollm/english.txt"
 
 
-def load_llama(folder: Path, device: torch.device) -> Owl:
+def load_llama(folder: Path, device: torch.device, variant: str) -> Owl:
     """Loads SmolLM2, from data/smollm/prepare.py, as the language model of an Owl that never sees an image."""
     with torch.device("meta"):
-        model = Owl(PRESETS["smol-owl1"]())
+        model = Owl(replace(PRESETS["smol-owl1"](), variant=variant))
     rest = {name: x for part in ("vit", "abstractor") for name, x in getattr(model, part).named_parameters(part)}
     blank = ((name, torch.zeros(x.shape)) for name, x in rest.items())
     materialize(model, [*blank, *llama_tensors(folder, model.state_dict())], device)
@@ -71,7 +76,7 @@ def main() -> None:
     which.add_argument("--llama", type=Path, metavar="FOLDER", help="the folder of SmolLM2")
     add = parser.add_argument
     add("--questions", type=Path, default=Path("data/smollm/text_test.json"), help="default: %(default)s")
-    add("--variant", choices=("owl1", "owl2"), default="owl2", help="prompt format of the questions (default: owl2)")
+    add("--variant", choices=("owl1", "owl2"), default="owl2", help="prompt format for --llama (default: owl2)")
     add("--max-new-tokens", type=int, default=16, metavar="N", help="length of an answer (default: %(default)s)")
     add("--device", default="cpu", help="cpu (default), cuda, mps, or auto; the fingerprint depends on it")
     add("--show", type=int, default=0, metavar="N", help="print the first N answers")
@@ -82,23 +87,22 @@ def main() -> None:
         tokenizer = Tokenizer(folder)
         cases = read_cases(args.questions, args.questions.parent)
         device = select_device(args.device)
-        model = load_model(folder, device) if args.weights else load_llama(folder, device)
+        model = load_model(folder, device) if args.weights else load_llama(folder, device, args.variant)
         model.config.llama.eos_id = tokenizer.eos_id
         with reading(ENGLISH):
             text = read_bytes(ENGLISH, 100_000).decode("utf-8")
 
     perplexity, fingerprint = read_text(model, tokenizer, text)
     print(f"perplexity   {perplexity:.4f}\nfingerprint  {fingerprint}")
+    decoder, prompts, answers = FastDecoder(model), [case.question.prompt for case in cases], []
+    for i in tqdm(range(0, len(cases), BATCH), unit="batch", disable=None):
+        answers += ask(decoder, tokenizer, prompts[i : i + BATCH], [], max_new_tokens=args.max_new_tokens)
     is_right = defaultdict(list)
-    for i, case in enumerate(cases):
-        question = case.question
-        ids = torch.tensor([render_prompt([question.prompt, None], tokenizer, args.variant)], device=device)
-        tokens = [int(token) for token in generate(model, ids, max_new_tokens=args.max_new_tokens)]
-        answer = tokenizer.decode(tokens)
+    for i, (case, answer) in enumerate(zip(cases, answers)):
         for kind in ("all questions", case.notes.get("kind", "other")):
-            is_right[kind].append(has_word(answer, question.truth))
+            is_right[kind].append(has_word(answer, case.question.truth))
         if i < args.show:
-            print(printable(f"{question.prompt} [{question.truth}] {answer}"))
+            print(printable(f"{prompts[i]} [{case.question.truth}] {answer}"))
     for kind, counts in is_right.items():
         print(f"{printable(kind):<16} {sum(counts):>4} of {len(counts):>4}")
     if args.out:
