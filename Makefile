@@ -16,9 +16,9 @@ SMOL_DATA := data/smollm
 SMOL_FLAGS := --image-size 64 --batch 8 --micro 8 --vit-lr-decay 1 --crop-scale 0 --max-length 256 --precision bf16 \
     --val-every 150 --workers 1
 SMOL_STAGE1 := --llama checkpoints/smollm2 --vision checkpoints/tiny-owl2 --data $(SMOL_DATA)/captions.json \
-    --val $(SMOL_DATA)/captions_val.json $(SMOL_FLAGS) --steps 700 --warmup 50 --lr 1e-3 --min-lr 5e-5 --vit-lr 3e-4
+    --val $(SMOL_DATA)/captions_val.json $(SMOL_FLAGS) --warmup 50 --lr 1e-3 --min-lr 5e-5 --vit-lr 3e-4
 SMOL_STAGE2 := --mix $(SMOL_DATA)/train.json:6 $(SMOL_DATA)/captions.json:1 $(SMOL_DATA)/text.json:2 \
-    --val $(SMOL_DATA)/val.json $(SMOL_FLAGS) --steps 300 --warmup 30
+    --val $(SMOL_DATA)/val.json $(SMOL_FLAGS) --warmup 30
 TINY_FLAGS := --image-size 64 --batch 32 --micro 32 --vit-lr-decay 1 --val-every 200 --workers 1
 
 demo: .venv/run
@@ -69,14 +69,14 @@ tiny-owl1: .venv/dev
 # Vision encoder and abstractor start from those of the embedded model. Training computes in bfloat16, in micro-batches
 # that are packed into one row. Owl1's stage 2 trains LoRA adapters and the abstractor, Owl2's everything.
 smol-owl1: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
-	$(PYTHON) train_stage1.py --preset smol-owl1 --out runs/smol-owl1/stage1 $(SMOL_STAGE1)
+	$(PYTHON) train_stage1.py --preset smol-owl1 --out runs/smol-owl1/stage1 $(SMOL_STAGE1) --steps 1400
 	$(PYTHON) train_stage2.py --weights runs/smol-owl1/stage1 --out runs/smol-owl1/stage2 $(SMOL_STAGE2) \
-	    --train-abstractor --lr 1e-3 --min-lr 1e-5
+	    --steps 220 --train-abstractor --lr 1e-3 --min-lr 1e-5
 
 smol-owl2: checkpoints/smollm2/model.safetensors $(SMOL_DATA)/captions.json
-	$(PYTHON) train_stage1.py --preset smol-owl2 --out runs/smol-owl2/stage1 $(SMOL_STAGE1)
+	$(PYTHON) train_stage1.py --preset smol-owl2 --out runs/smol-owl2/stage1 $(SMOL_STAGE1) --steps 700
 	$(PYTHON) train_stage2.py --weights runs/smol-owl2/stage1 --out runs/smol-owl2/stage2 $(SMOL_STAGE2) \
-	    --lr 2e-4 --min-lr 2e-6
+	    --steps 300 --lr 2e-4 --min-lr 2e-6
 
 checkpoints/smollm2/model.safetensors: .venv/smollm
 	$(PYTHON) -m data.smollm.prepare

@@ -1,7 +1,7 @@
 """What does learning to see cost a real language model? (Owl1 section 3.2, Owl2 sections 3.2 and 3.3)
 
-    python -m experiments.smol --seeds 1                                  # 3 runs of stage 1, 8 of stage 2: 70 minutes
-    python -m experiments.smol --seeds 1 --scale 0.05 --out runs/try      # to see it work
+    python -m experiments.smol --seeds 1              # 3 runs of stage 1, 8 of stage 2: over an hour on two cores
+    python -m experiments.smol --seeds 1 --scale 0.05 --out runs/try          # to see it work
 
     SmolLM2 (data.smollm.prepare), drawn scenes in natural English (data.smollm.scenes)
       | train_stage1      owl1, owl2, owl2-plain            the language model is frozen
