@@ -1,4 +1,4 @@
-"""Limits of the machine: the memory of a device, full-precision float32, and numbers that are not finite."""
+"""Limits of the machine: the memory of a device, bfloat16, full-precision float32, and numbers that are not finite."""
 
 import os
 
@@ -13,6 +13,11 @@ def device_memory(device: torch.device) -> int:
     if not hasattr(os, "sysconf"):  # Windows
         return 16 * 2**30  # a guess, small enough that a 7B model is loaded in bfloat16
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Returns whether this CPU multiplies in bfloat16 (AVX-512 BF16; AMX includes it). Without, it is slowly emulated."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def disable_tf32() -> None:

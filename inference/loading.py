@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common.device import disable_tf32, device_memory
+from common.device import cpu_has_bfloat16, device_memory, disable_tf32
 from inference.adapter import load_adapter
 from inference.fast_decode import use_column_major_weights
 from inference.quantize import BITS, load_quantized, quantize, read_quantization
@@ -30,7 +30,7 @@ def select_dtype(name: str, device: torch.device, config: OwlConfig, is_quantize
     if name != "auto":
         return getattr(torch, name)
     # Not float16: the models were trained in bfloat16, and squares of a few activations overflow float16.
-    if device.type != "cpu" or is_quantized:
+    if device.type != "cpu" or is_quantized or cpu_has_bfloat16():
         return torch.bfloat16
     with torch.device("meta"):
         n_parameter = sum(parameter.numel() for parameter in Owl(config).parameters())

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import generate  # noqa: E402
 from abstractor import AbstractorConfig  # noqa: E402
+from inference import loading  # noqa: E402
 from llama import LlamaConfig  # noqa: E402
 from model import IMAGE_TOKEN_ID, Owl, OwlConfig  # noqa: E402
 from training.presets import owl1, owl2  # noqa: E402
@@ -61,6 +62,12 @@ def restore_process_state():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.backends.cuda.enable_flash_sdp(flash)
+
+
+@pytest.fixture(autouse=True)
+def float32_by_default(monkeypatch):
+    """The dtype that a test does not choose is the same on every CPU."""
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: False)
 
 
 def make_config(variant: str, vit: dict = {}, abstractor: dict = {}, llama: dict = {}) -> OwlConfig:

@@ -24,7 +24,7 @@ from data.image import load_image, to_pixels
 from data.text import Tokenizer, expand_images, render_prompt
 from common.files import read_json, write_json
 from generate import Sampling, generate
-from inference import fast_decode
+from inference import fast_decode, loading
 from inference.adapter import save_lora
 from inference.chat import ChatSession, Conversation, stream_text
 from inference.loading import select_device, select_dtype
@@ -138,7 +138,11 @@ def test_dtype(folders, capsys, monkeypatch):
     config, cpu = PRESETS["tiny-owl2"](), torch.device("cpu")
     assert select_dtype("auto", torch.device("mps"), config, False) == torch.bfloat16
     assert select_dtype("auto", cpu, config, True) == torch.bfloat16
-    assert select_dtype("auto", cpu, config, False) == torch.float32
+    for has_bfloat16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: has_bfloat16)
+        assert select_dtype("auto", cpu, config, False) == dtype
+        assert select_dtype("float32", cpu, config, False) == torch.float32
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a machine with a million bytes of memory
     assert select_dtype("auto", cpu, config, False) == torch.bfloat16
     assert select_dtype("float32", cpu, config, False) == torch.float32
