@@ -26,7 +26,7 @@ from command import ArgumentParser, log, run, user_errors
 from common.files import escape_controls, write_json, writing
 
 ROOT = Path(__file__).resolve().parent.parent
-LORA = "tools.bench_train --preset owl2-7b --stage 2 --lora-rank 128 --micro-batch 4 --length 1983 --steps 3"
+LORA = "tools.bench_train --preset owl2-7b --stage 2 --lora-rank 128 --micro-batch 2 --length 1983 --steps 3"
 PARTS = {  # arguments of python -m
     "tests": ["pytest -q -m cuda tests"],
     "generation": ["tools.bench_generate --repeats 2"],
