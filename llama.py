@@ -82,10 +82,12 @@ class Modality(NamedTuple):
 
 
 class PackedSequences(NamedTuple):
-    """Boundaries of the sequences that are packed into one row, in the format of varlen attention kernels."""
+    """Sequences packed into one row: boundaries as varlen attention kernels take them, and what Owl.forward reads."""
 
     cu_seqlens: Tensor  # [n + 1] int32: start of each sequence, then the length of the row
     max_seqlen: int  # length of the longest sequence
+    n_placeholder: int  # image placeholders in the row
+    supervised: Tensor  # [M] int64: positions whose next token is supervised
 
 
 class RMSNorm(nn.Module):
@@ -196,7 +198,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -
         repeats = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, n_head, D]
-        cu, longest = packed
+        cu, longest = packed.cu_seqlens, packed.max_seqlen
         y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # causal: any distance back, none ahead
         return y.transpose(0, 1)[None]
     lengths = packed.cu_seqlens.diff().tolist()

@@ -87,36 +87,35 @@ class Owl(nn.Module):
         ids: [B, T] int64, padded on the right (which needs no mask, since attention is causal); IMAGE_TOKEN_ID at the
         n_query + 1 positions of each image. images: as in embed. labels: [B, T] int64, aligned with ids (the shift
         happens here), IGNORE_INDEX where not supervised; the loss is the mean next-token cross-entropy over supervised
-        tokens, 0 if there are none. packed: sequence boundaries if ids is one packed row. The first label of each
-        sequence is IGNORE_INDEX then, or the last token of the sequence before would have to predict it.
+        tokens, 0 if there are none. packed: if ids is one packed row; it has the positions that are supervised.
         """
-        x, modality = self.embed(ids, images)  # [B, T, n_embd]
+        x, modality = self.embed(ids, images, packed.n_placeholder if packed else None)  # [B, T, n_embd]
         x = self.llama(x, modality, packed=packed)  # [B, T, n_embd]
         if labels is None:
             return self.llama.lm_head(x), None
 
-        # Position t predicts token t + 1. Logits are computed only where that token is supervised. (Indexing with a
-        # mask waits for the device.)
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX  # [B, T - 1]
-        targets = targets[supervised]  # [M]
-        loss_sum = cross_entropy_sum(self.llama.lm_head, x[:, :-1][supervised], targets)
-        return None, loss_sum / max(len(targets), 1)
+        # Position t predicts token t + 1. Logits are computed only where that token is supervised.
+        targets = labels[:, 1:].flatten()  # [B * (T - 1)]
+        supervised = packed.supervised if packed else (targets != IGNORE_INDEX).nonzero()[:, 0]  # nonzero synchronizes
+        x = x[:, :-1].flatten(0, 1).index_select(0, supervised)  # [M, n_embd]
+        return None, cross_entropy_sum(self.llama.lm_head, x, targets[supervised]) / max(len(supervised), 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[N, 3, image_size, image_size] normalized pixels to visual tokens [N, n_query + 1, n_embd]."""
         return self.abstractor(self.vit(images))
 
-    def embed(self, ids: Tensor, images: Tensor | None = None) -> tuple[Tensor, Modality | None]:
+    def embed(
+        self, ids: Tensor, images: Tensor | None = None, n_placeholder: int | None = None
+    ) -> tuple[Tensor, Modality | None]:
         """Embeds text tokens and scatters the visual tokens into their placeholder positions.
 
         images: pixels [N, 3, S, S] or visual tokens [N, n_query + 1, n_embd] from encode_images, in the order of
-        their placeholders in ids (row by row). Returns x [B, T, n_embd] and the modality of each token.
-        Raises ValueError if the images do not match the placeholders. Synchronizes with the device to count them.
+        their placeholders in ids (row by row). n_placeholder: their number, or None: waits for the device to count.
+        Returns x [B, T, n_embd] and the modality of each token. Raises ValueError if their numbers do not match.
         """
         is_image = ids == IMAGE_TOKEN_ID  # [B, T]
         n_visual = 0 if images is None else len(images) * self.config.n_visual_tokens
-        n_placeholder = int(is_image.sum())
+        n_placeholder = int(is_image.sum()) if n_placeholder is None else n_placeholder
         if n_placeholder != n_visual:
             raise ValueError(f"the images have {n_visual} visual tokens, but ids has {n_placeholder} placeholders")
 

@@ -14,9 +14,8 @@ A stage's command (train_stage1.py, train_stage2.py) builds the model, selects t
 So the loss is the mean over all supervised tokens of the step, however the batch is split. Random numbers depend only
 on the seed and the step (dropout also on how the batch is split), so a resumed run repeats the same steps bit for bit.
 
-The CPU queues operations ahead of the device. In a step it waits for the device at least when Owl.forward counts
-placeholders and selects the supervised positions of each micro-batch, in all_reduce_sum (several ranks), in loss.item()
-after the last backward pass, and in the gradient norm's .item(), which decides whether to update.
+The CPU queues operations ahead of the device. In a step it waits for the device in all_reduce_sum (several ranks), in
+loss.item() after the last backward pass, and in the gradient norm's .item(), which decides whether to update.
 
 A run's folder holds metrics.jsonl (training/monitor.py), checkpoints/ (training/checkpoint.py) and, at the end, the
 weights in the Hugging Face layout.
@@ -56,10 +55,12 @@ def compute_loss(model: nn.Module, batch: Batch, dist: Dist) -> Tensor:
     config = model.module.config if isinstance(model, DistributedDataParallel) else model.config
     if dist.world_size > 1 and batch.images is None:
         batch = add_blank_image(batch, config)
-    ids = batch.ids.to(dist.device, non_blocking=True)
-    labels = batch.labels.to(dist.device, non_blocking=True)
-    images = None if batch.images is None else batch.images.to(dist.device, non_blocking=True)
-    packed = PackedSequences(batch.cu_seqlens.to(dist.device, non_blocking=True), batch.max_seqlen)
+    n_placeholder = int((batch.ids == IMAGE_TOKEN_ID).sum())  # on the CPU
+    tensors = (batch.ids, batch.images, batch.labels, batch.cu_seqlens, batch.supervised)
+    ids, images, labels, cu_seqlens, supervised = (
+        None if tensor is None else tensor.to(dist.device, non_blocking=True) for tensor in tensors
+    )
+    packed = PackedSequences(cu_seqlens, batch.max_seqlen, n_placeholder, supervised)
     return model(ids, images, labels, packed)[1]
 
 

@@ -85,13 +85,17 @@ class Batch:
 
     ids: Tensor  # [1, T] int64
     labels: Tensor  # [1, T] int64
+    supervised: Tensor  # [M] int64: positions whose next token is supervised, which the loss is summed over
     cu_seqlens: Tensor  # [n + 1] int32: start of each sample, then T
     max_seqlen: int  # positions of the longest sample
     images: Tensor | None  # [N, 3, S, S] float32
     n_sample: int  # usable samples
-    n_supervised: int  # labels that the loss is summed over
     n_token: int  # positions of usable samples: T, or 0 without any
     skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def n_supervised(self) -> int:
+        return len(self.supervised)
 
     @property
     def n_image(self) -> int:
@@ -99,7 +103,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader: copies the tensors to pinned memory, from which a GPU copies asynchronously."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("ids", "labels", "cu_seqlens")}
+        pinned = {name: getattr(self, name).pin_memory() for name in ("ids", "labels", "supervised", "cu_seqlens")}
         return replace(self, **pinned, images=None if self.images is None else self.images.pin_memory())
 
 
@@ -247,14 +251,15 @@ def collate(samples: list[Sample | Skipped]) -> Batch:
     ids = [token for sample in samples for token in sample.ids]
     labels = [label for sample in samples for label in (IGNORE_INDEX, *sample.labels[1:])]
     images = [sample.images for sample in samples if len(sample.images)]
+    supervised = [t - 1 for t, label in enumerate(labels) if label != IGNORE_INDEX]
     return Batch(
         ids=torch.tensor([ids or [0]]),
         labels=torch.tensor([labels or [IGNORE_INDEX]]),
+        supervised=torch.tensor(supervised, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *accumulate(lengths or [1])], dtype=torch.int32),
         max_seqlen=max(lengths, default=1),
         images=torch.cat(images) if images else None,
         n_sample=len(samples),
-        n_supervised=sum(count_supervised(sample.labels) for sample in samples),
         n_token=sum(lengths),
         skipped=skipped,
     )

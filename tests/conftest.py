@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import signal
 import sys
@@ -22,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from abstractor import AbstractorConfig  # noqa: E402
 from inference import loading  # noqa: E402
-from llama import LlamaConfig  # noqa: E402
-from model import IMAGE_TOKEN_ID, Owl, OwlConfig  # noqa: E402
+from llama import LlamaConfig, PackedSequences  # noqa: E402
+from model import IGNORE_INDEX, IMAGE_TOKEN_ID, Owl, OwlConfig  # noqa: E402
 from training.presets import owl1, owl2  # noqa: E402
 from vit import ViTConfig  # noqa: E402
 from training.parallel import materialize  # noqa: E402
@@ -151,6 +152,13 @@ def make_batch(config: OwlConfig, sizes: Iterable[tuple[int, int]], seed: int = 
     images = [images for _, images in rows if images is not None]
     ids, lengths = pad_rows([ids for ids, _ in rows], filler=7)
     return Batch(ids, torch.cat(images) if images else None, lengths, [(ids[None], images) for ids, images in rows])
+
+
+def make_packed(ids: Tensor, labels: Tensor, lengths: list[int]) -> PackedSequences:
+    """Boundaries of a packed row, ids and labels [1, T], from the lengths of its sequences."""
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    supervised = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
+    return PackedSequences(cu_seqlens, max(lengths), int((ids == IMAGE_TOKEN_ID).sum()), supervised)
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:

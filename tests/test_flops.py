@@ -1,6 +1,6 @@
 """FLOPs of a training step, compared with torch's FlopCounterMode."""
 
-from itertools import accumulate, product
+from itertools import product
 
 import pytest
 import torch
@@ -9,13 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_stage1
-from conftest import VARIANTS, make_config, make_images, make_owl
-from llama import PackedSequences
+from conftest import VARIANTS, make_config, make_images, make_owl, make_packed
 from lora import inject_lora
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID, Owl, OwlConfig
 from tools import train_language
 from train_stage2 import LORA_TARGETS
-from training.flops import PEAK_FLOPS, peak_flops, train_flops
+from training.flops import PEAK_FLOPS, FlopCounter, peak_flops, train_flops
 from training.presets import PRESETS
 
 
@@ -90,8 +89,8 @@ def test_train_flops_equals_torchs_counter(variant, trained, kind):
     if kind == "batch":
         inputs = (torch.stack(rows), images, torch.stack(labels))
     else:
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        inputs = (torch.cat(rows)[None], images, torch.cat(labels)[None], PackedSequences(cu_seqlens, max(lengths)))
+        ids, labels = torch.cat(rows)[None], torch.cat(labels)[None]
+        inputs = (ids, images, labels, make_packed(ids, labels, lengths))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = model(*inputs)[1]
         if loss.requires_grad:
@@ -99,6 +98,7 @@ def test_train_flops_equals_torchs_counter(variant, trained, kind):
 
     n_supervised = 5 * len(rows)
     expected = train_flops(model, sum(n_images), lengths, n_supervised)
+    assert FlopCounter(model).count(sum(n_images), lengths, n_supervised) == expected
     width, n_layer = config.llama.n_embd, config.llama.n_layer
     n_hidden = sum(length**2 - length * (length + 1) // 2 for length in lengths)
     n_backward = n_layer if loss.requires_grad else 0  # layers whose attention has a backward pass
@@ -122,6 +122,8 @@ def test_train_flops_of_the_7b_is_6_per_weight_and_token():
     one = train_flops(model, 1, [1024], 512)
     assert train_flops(model, 2, [1024, 1024], 1024) == 2 * one
     assert train_flops(model, 2, [2048], 1024) > 2 * one
+    for numbers in ((2, [2048, 77], 1024), (0, [2048], 3), (64, [129] * 64, 0)):
+        assert FlopCounter(model).count(*numbers) == train_flops(model, *numbers)
 
 
 def test_peak_flops_uses_the_most_specific_name(monkeypatch):

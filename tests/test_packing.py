@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_module
 from common.device import disable_tf32
 from conftest import VARIANTS, Batch, assert_close, assert_gradients_close, gradients, make_batch, make_config, make_owl
-from conftest import needs_cuda
+from conftest import make_packed, needs_cuda
 from llama import PackedSequences, packed_attention
 from model import IGNORE_INDEX, IMAGE_TOKEN_ID
+
+aten = torch.ops.aten
 
 # (text tokens, images) of each sequence. Some have a single position, one nothing but an image and a token.
 ROWS = {
@@ -27,16 +29,18 @@ ROWS = {
 
 
 def make_sequences(lengths: list[int]) -> PackedSequences:
-    return PackedSequences(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), max(lengths))
+    """Boundaries only, for packed_attention."""
+    nothing = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    return make_packed(nothing, nothing, lengths)
 
 
 def pack(batch: Batch) -> tuple[Tensor, Tensor, PackedSequences]:
     """Returns ids [1, T], labels [1, T] and boundaries. The first token of each sequence is not supervised."""
     ids = torch.cat([ids for ids, _ in batch.rows], dim=1)
-    packed = make_sequences(batch.lengths.tolist())
+    lengths = batch.lengths.tolist()
     labels = ids.masked_fill(ids == IMAGE_TOKEN_ID, IGNORE_INDEX)
-    labels[0, packed.cu_seqlens[:-1].long()] = IGNORE_INDEX
-    return ids, labels, packed
+    labels[0, [0, *accumulate(lengths[:-1])]] = IGNORE_INDEX
+    return ids, labels, make_packed(ids, labels, lengths)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -163,8 +167,50 @@ def test_only_one_chunk_of_logits_is_in_memory(monkeypatch, trained):
             assert largest.rows == min(size, n_supervised)
 
 
+class ReadsNothing(TorchDispatchMode):
+    """Fails at operations that need the values of a tensor on the host, which would wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_training_step_needs_no_values_on_the_host(variant, name):
+    model = make_owl(make_config(variant))
+    batch = make_batch(model.config, ROWS[name])
+    ids, labels, packed = pack(batch)
+    with ReadsNothing():
+        model(ids, batch.images, labels, packed)[1].backward()
+    with pytest.raises(AssertionError), ReadsNothing():
+        model(ids, batch.images, labels)
+
+
 # ----------------------------------------------------------------------------------------------------
 # CUDA
+
+
+def move(packed: PackedSequences, device: str) -> PackedSequences:
+    return packed._replace(cu_seqlens=packed.cu_seqlens.to(device), supervised=packed.supervised.to(device))
+
+
+@needs_cuda
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_step_does_not_wait_for_cuda(variant):
+    model = make_owl(make_config(variant)).cuda()
+    batch = make_batch(model.config, ROWS["mixed"])
+    ids, labels, packed = pack(batch)
+    ids, labels, images, packed = ids.cuda(), labels.cuda(), batch.images.cuda(), move(packed, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, images, labels, packed)[1]
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_cuda
@@ -183,7 +229,7 @@ def test_the_varlen_kernel_equals_the_loop(n_kv_head, lengths):
     weight = torch.randn(shapes[0], generator=generator).bfloat16()
     packed = make_sequences(lengths)
     expected = packed_attention(*exact, packed)
-    y = packed_attention(*rounded, packed._replace(cu_seqlens=packed.cu_seqlens.cuda()))
+    y = packed_attention(*rounded, move(packed, "cuda"))
     assert y.dtype == torch.bfloat16
     (y * weight.cuda()).sum().backward()
     (expected * weight.float()).sum().backward()
@@ -206,7 +252,7 @@ def test_packed_on_cuda_equals_cpu(variant, n_kv_head, name):
     def compute(device: str, bfloat16: bool) -> tuple[float, dict[str, Tensor]]:
         model.to(device)
         images = None if batch.images is None else batch.images.to(device)
-        on_device = packed._replace(cu_seqlens=packed.cu_seqlens.to(device))
+        on_device = move(packed, device)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             _, loss = model(ids.to(device), images, labels.to(device), on_device)
         return loss.item(), {name: x.cpu() for name, x in gradients(model, loss).items()}

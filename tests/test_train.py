@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import train
 import train_stage1
 import train_stage2
-from conftest import GOLDEN, N_THREAD, ROOT, assert_close, make_config, make_owl, write_tar
+from conftest import GOLDEN, N_THREAD, ROOT, assert_close, make_config, make_owl, make_packed, write_tar
 from data.conversations import Conversations, SampleSpec, collate
 from data.image import load_image, to_pixels
 from data.mix import BatchSampler, Mixture
@@ -37,7 +37,6 @@ from inference.batch import ask
 from inference.fast_decode import FastDecoder
 from inference.adapter import load_lora
 from inference.quantize import QuantizedLinear, load_quantized
-from llama import PackedSequences
 from lora import LoRALinear
 from model import IGNORE_INDEX, Owl
 from runs import run_main
@@ -470,7 +469,7 @@ def test_stage_2_of_owl1_trains_an_adapter_on_a_frozen_base(start, tmp_path, mix
     load_lora(adapted, out / "adapter")
     data = source(mixed, "owl1", max_length=200)
     batch = collate([data[0, index] for index in range(len(data))])
-    packed = PackedSequences(batch.cu_seqlens, batch.max_seqlen)
+    packed = make_packed(batch.ids, batch.labels, batch.cu_seqlens.diff().tolist())
     models = (load_model(out), adapted.eval(), load_model(base))
     with torch.no_grad():
         expected, actual, untrained = (model(batch.ids, batch.images, packed=packed)[0] for model in models)
@@ -988,7 +987,7 @@ def test_the_loss_does_not_depend_on_the_micro_batch(start, tmp_path, mixed):
     (first,) = order_of(mixed, 8, 8, 1)
     batch = collate([data[0, index] for _, _, index in first])
     with torch.no_grad():
-        packed = PackedSequences(batch.cu_seqlens, batch.max_seqlen)
+        packed = make_packed(batch.ids, batch.labels, batch.cu_seqlens.diff().tolist())
         loss = load_model(start("owl2"))(batch.ids, batch.images, batch.labels, packed)[1]
     assert_close(losses[0][0], loss, 2e-6)
 

@@ -87,6 +87,35 @@ def train_flops(model: Owl, n_image: int, lengths: list[int], n_supervised: int)
     return float(flops)
 
 
+class FlopCounter:
+    """train_flops for the many micro-batches of a run.
+
+    The count is linear in the numbers of images, positions, supervised tokens, and pairs of query and key in the
+    decoder. The coefficients, with images and without, are computed once.
+    """
+
+    def __init__(self, model: Owl):
+        self.coefficients = [self.find_coefficients(model, n_image) for n_image in (0, 1)]
+
+    @staticmethod
+    def find_coefficients(model: Owl, n_image: int) -> tuple[float, float, float, float]:
+        """FLOPs per image, position, supervised token and pair, as differences of counts."""
+        length = 2 * model.config.n_visual_tokens + 1
+        one = train_flops(model, n_image, [length], 1)
+        image = train_flops(model, 2 * n_image, [length], 1) - one
+        supervised = train_flops(model, n_image, [length], 2) - one
+        position_and_pair = train_flops(model, n_image, [length, 1], 1) - one
+        position_and_pairs = train_flops(model, n_image, [length + 1], 1) - one  # length + 1 pairs more
+        pair = (position_and_pairs - position_and_pair) / length
+        return image, position_and_pair - pair, supervised, pair
+
+    def count(self, n_image: int, lengths: list[int], n_supervised: int) -> float:
+        """Returns the same as train_flops(model, n_image, lengths, n_supervised)."""
+        n_pair = sum(length * (length + 1) // 2 for length in lengths)
+        numbers = (n_image, sum(lengths), n_supervised, n_pair)
+        return sum(coefficient * n for coefficient, n in zip(self.coefficients[n_image > 0], numbers))
+
+
 def n_token_through(name: str, config: OwlConfig, n_image: int, n_position: int, n_supervised: int) -> int:
     """Returns how many tokens pass through the module `name` of an Owl."""
     part, *path = name.split(".")

@@ -107,7 +107,8 @@ class FakeStep(nn.Module):
             modality = Modality.from_mask(is_image, n_image * config.n_visual_tokens)
         x = llama(x, modality)
         targets = labels[0, :n_supervised]
-        return cross_entropy_sum(llama.lm_head, x[0].index_select(0, targets), targets)
+        x = x[:, :-1].flatten(0, 1).index_select(0, targets)
+        return cross_entropy_sum(llama.lm_head, x, targets)
 
 
 def activation_bytes(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data.conversations import Batch
 from common.files import printable, writing
 from training.distributed import Dist, all_gather_object, all_reduce_sum
-from training.flops import peak_flops, train_flops
+from training.flops import FlopCounter, peak_flops
 from training.options import MIN_SAMPLES
 from training.setup import TrainingRun
 
@@ -48,6 +48,7 @@ class Monitor:
         self.best_step, self.best_loss = best_of(metadata)  # of the validations
         self.skipped, self.skipped_val = SkippedSamples(), SkippedSamples()
         self.n_samples = self.n_skipped = 0  # of this process's lifetime, over all ranks
+        self.flop_counter = FlopCounter(run.model)
         self.peak_flops = peak_flops(self.dist.device)  # of one device; None if unknown
         self.restart_interval()
         self.metrics = run.out / "metrics.jsonl"
@@ -81,14 +82,13 @@ class Monitor:
 
     def update(self, micro_batches: list[Batch], *, loss: float, norm: float, lr: float) -> None:
         """Counts a step: this rank's micro-batches, and the loss and gradient norm over all ranks."""
-        model = self.run.model
         for batch in micro_batches:
             self.skipped.add(batch)
         n_tokens, n_images, flops, self.n_skipped, self.n_signals = all_reduce_sum(
             self.dist,
             sum(batch.n_token for batch in micro_batches),
             sum(batch.n_image for batch in micro_batches),
-            sum(train_flops(model, b.n_image, b.cu_seqlens.diff().tolist(), b.n_supervised) for b in micro_batches),
+            sum(self.flop_counter.count(b.n_image, b.cu_seqlens.diff().tolist(), b.n_supervised) for b in micro_batches),
             self.skipped.count.total(),
             len(self.signals),
         )
