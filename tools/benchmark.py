@@ -62,12 +62,12 @@ def random_model(preset: str, device: torch.device, dtype: torch.dtype, bits: in
     return model
 
 
-def random_sample(config: OwlConfig, length: int, generator: torch.Generator) -> Sample:
-    """A training sample: an image and `length` random text tokens, the second half of them supervised."""
+def random_sample(config: OwlConfig, length: int, generator: torch.Generator, n_image: int = 1) -> Sample:
+    """A training sample: images, then `length` random text tokens, the second half of them supervised."""
     tokens = torch.randint(3, config.llama.vocab_size, (length,), generator=generator).tolist()
-    ids = [IMAGE_TOKEN_ID] * config.n_visual_tokens + tokens
+    ids = [IMAGE_TOKEN_ID] * (n_image * config.n_visual_tokens) + tokens
     labels = [IGNORE_INDEX] * (len(ids) - length // 2) + tokens[length - length // 2 :]
-    images = torch.randn(1, 3, config.image_size, config.image_size, generator=generator)
+    images = torch.randn(n_image, 3, config.image_size, config.image_size, generator=generator)
     return Sample(ids, labels, images)
 
 
@@ -87,8 +87,8 @@ def random_embeddings(model: Owl, length: int) -> tuple[Tensor, Modality]:
 
 
 def run_prefill(llama: Llama, x: Tensor, modality: Modality | None) -> None:
-    """Processes an embedded prompt, filling a new cache; without lm_head."""
-    llama(x, modality, llama.make_cache(1, x.shape[1]))
+    """Processes embedded prompts [B, T, n_embd], filling a new cache; without lm_head."""
+    llama(x, modality, llama.make_cache(*x.shape[:2]))
 
 
 def text_weights(llama: Llama) -> dict[str, Tensor]:
