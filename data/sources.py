@@ -64,10 +64,16 @@ class JsonRows(Sequence):
 
     @classmethod
     def of_lines(cls, content: bytes) -> "JsonRows":
-        ends = np.append(np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")), len(content))
-        starts = np.append(len(BOM) if content.startswith(BOM) else 0, ends[:-1] + 1)
-        is_row = [bool(content[start:end].strip()) for start, end in zip(starts.tolist(), ends.tolist())]
-        return cls(content, np.stack([starts, ends], axis=1)[is_row], np.flatnonzero(is_row) + 1)
+        bounds, lines = array("q"), array("q")
+        start, line = len(BOM) if content.startswith(BOM) else 0, 1
+        while start < len(content):
+            end = content.find(b"\n", start)
+            end = len(content) if end < 0 else end
+            if content[start:end].strip():
+                bounds.extend((start, end))
+                lines.append(line)
+            start, line = end + 1, line + 1
+        return cls(content, np.array(bounds).reshape(-1, 2), np.array(lines))
 
     @classmethod
     def of_list(cls, content: bytes) -> "JsonRows":

@@ -586,3 +586,16 @@ def test_rows_take_the_memory_of_their_file_once(open_data, merge):
     finally:
         tracemalloc.stop()
     assert used < 1.5 * data.path.stat().st_size
+
+
+def test_opening_lines_takes_little_more_memory_than_the_file(tmp_path):
+    """At the peak: the content, and three numbers per row."""
+    path = tmp_path / "data.jsonl"
+    path.write_text((json.dumps({"caption": "x" * 200}) + "\n") * 5000)
+    tracemalloc.start()
+    try:
+        rows = read_rows(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 5000 and peak < 1.4 * path.stat().st_size
