@@ -3,11 +3,16 @@
     python -m tools.scaling                          all tables, ten minutes on one core
     python -m tools.scaling --only text queries      some of them
 
-Each of the first four tables varies one size of a model with random weights. It shows the median time of the vision
-encoder, of the abstractor, of the decoder's prefill, of a decoding step (lm_head included) and of the forward and
-backward pass of training, the memory that this pass adds to weights and gradients, and its FLOPs (training/flops.py),
-also those of Owl2-7B. The last tables open data sources of 10^4 rows up to --rows, each in a new process, and compute
-the cost of 10^9 rows from the growth between the last two.
+Each of the first four tables varies one size of a model with random weights, and shows
+
+    vision encoder ... prefill    median time; prefill is the decoder's part of a prompt, without lm_head
+    decoding step                 of the token after the prompt, lm_head included
+    training                      forward and backward pass of a packed micro-batch, half of its text supervised:
+                                  time, memory besides weights and gradients (computed as by --dry-run,
+                                  training/memory.py), FLOPs (training/flops.py), and those of Owl2-7B
+
+The last tables open data sources of --rows rows, a tenth and a hundredth of them, each in a new process. The cost of
+10^9 rows is computed from the growth between the last two.
 
 The exponent in parentheses is log(cost ratio) / log(size ratio) of a row and the row before: 1 is linear. It is bold
 outside 0.9 to 1.1. Times on a CPU are CPU times of the process, summed over its threads: what else the machine computes
@@ -15,8 +20,6 @@ does not count, and neither does waiting for a disk.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import multiprocessing
@@ -47,8 +50,10 @@ from tools import benchmark
 from train import compute_loss
 from training.distributed import PRECISIONS, Dist, init_distributed
 from training.flops import train_flops
+from training.memory import activation_bytes
 from training.monitor import peak_memory
 from training.options import number, positive_int
+from training.parallel import autocast
 from training.presets import PRESETS
 
 LINEAR = (0.9, 1.1)  # exponents that count as linear
@@ -79,7 +84,7 @@ class Axis(NamedTuple):
 
 STAGES = ("vision encoder", "abstractor", "prefill", "decoding step", "training")
 AXES = {
-    "images": Axis("images per sample", "n_image", (1, 2, 4, 8), Sizes(), STAGES),
+    "images": Axis("images per sample", "n_image", (1, 2, 4, 8, 16), Sizes(), STAGES),
     "text": Axis("text tokens", "n_text", tuple(2**i for i in range(6, 13)), Sizes(n_image=0), STAGES[2:]),
     "batch": Axis("samples", "batch", (1, 2, 4, 8), Sizes(), STAGES[2:]),
     "queries": Axis("queries per image", "n_query", tuple(2**i for i in range(4, 11)), Sizes(), STAGES[1:]),
@@ -93,7 +98,6 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     p.add_argument("--precision", choices=PRECISIONS, help="default: cuda bf16, cpu fp32")
     p.add_argument("--preset", choices=sorted(PRESETS), default="mid-owl2", help="default: %(default)s")
-    p.add_argument("--max-size", type=positive_int, help="leave out larger sizes of the first four tables")
     p.add_argument("--rounds", type=positive_int, default=3, help="after a warm-up round (default: %(default)s)")
     at_least = number(int, lambda x: x >= 100, "100 or more")
     p.add_argument("--rows", type=at_least, default=10**6, help="most data rows that are measured (default: 10^6)")
@@ -212,44 +216,27 @@ def stage_calls(model: Owl, sizes: Sizes, dist: Dist) -> dict[str, Callable[[], 
     return {stage: partial(timed, call) for stage, call in calls.items()}
 
 
-def peak_bytes(device: torch.device) -> int:
-    """training.monitor.peak_memory; on Linux without the peak of the process that started this one."""
-    status = Path("/proc/self/status")
-    if device.type == "cpu" and status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return peak_memory(device)
-
-
-def added_memory(device: torch.device, call: Callable[[], object]) -> tuple[object, int]:
-    """What a call returns, and by how many bytes its peak memory exceeds the memory in use before it."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory, which the call would use again
-        libc.malloc_trim(0)
-    benchmark.reset_peak_memory(device)
-    before = peak_bytes(device)
-    result = call()
-    return result, peak_bytes(device) - before
-
-
-def count_flops(model: Owl, sizes: Sizes) -> float:
-    """FLOPs of the training pass, of a model on any device."""
-    n_query = model.config.n_query
-    model.config.abstractor.n_query = sizes.n_query or n_query
+def training_flops(model: Owl, sizes: Sizes) -> float:
+    """FLOPs of the training pass of a model on any device."""
+    set_queries(model, sizes.n_query)
     length = sizes.n_image * model.config.n_visual_tokens + sizes.n_text
-    flops = train_flops(model, sizes.batch * sizes.n_image, [length] * sizes.batch, sizes.batch * (sizes.n_text // 2))
-    model.config.abstractor.n_query = n_query
-    return flops
+    return train_flops(model, sizes.batch * sizes.n_image, [length] * sizes.batch, sizes.batch * (sizes.n_text // 2))
+
+
+def training_memory(model: Owl, sizes: Sizes, dist: Dist) -> int:
+    """Bytes that the training pass needs besides weights and gradients."""
+    set_queries(model, sizes.n_query)
+    length = sizes.n_image * model.config.n_visual_tokens + sizes.n_text
+    numbers = (sizes.batch * sizes.n_image, sizes.batch * length, sizes.batch * (sizes.n_text // 2))
+    return activation_bytes(model, *numbers, autocast=autocast(dist, False))
 
 
 def measure_axis(axis: Axis, model: Owl, large: Owl, dist: Dist, args: argparse.Namespace) -> str:
     """Returns the table of an axis. large: Owl2-7B on the meta device, whose FLOPs are counted."""
-    values = [value for value in axis.values if value <= (args.max_size or max(axis.values))]
-    points = [axis.base._replace(**{axis.field: value}) for value in values]
+    points = [axis.base._replace(**{axis.field: value}) for value in axis.values]
     columns: dict[str, list[float]] = {}
     calls = [stage_calls(model, point, dist) for point in points]
-    n_call = len(points) * (1 + (1 + args.rounds) * len(axis.stages))
-    with tqdm(total=n_call, desc=axis.title, unit="call", disable=None, leave=False) as bar:
+    with tqdm(total=len(points) * (1 + args.rounds) * len(axis.stages), desc=axis.title, disable=None) as bar:
 
         def counted(call: Callable[[], float]) -> float:
             seconds = call()
@@ -260,11 +247,10 @@ def measure_axis(axis: Axis, model: Owl, large: Owl, dist: Dist, args: argparse.
             by_size = {str(i): partial(counted, calls[i][stage]) for i in range(len(points))}
             medians = benchmark.interleaved_medians(by_size, args.rounds)
             columns[f"{stage}, ms"] = [1000 * seconds for seconds in medians.values()]
-        memory = [added_memory(dist.device, partial(counted, call["training"]))[1] / 1e6 for call in calls]
-    columns["training, MB"] = memory
-    columns["training, GFLOP"] = [count_flops(model, point) / 1e9 for point in points]
-    columns["Owl2-7B, TFLOP"] = [count_flops(large, point) / 1e12 for point in points]
-    return format_table(axis.title, values, columns)
+    columns["training, MB"] = [training_memory(model, point, dist) / 1e6 for point in points]
+    columns["training, GFLOP"] = [training_flops(model, point) / 1e9 for point in points]
+    columns["Owl2-7B, TFLOP"] = [training_flops(large, point) / 1e12 for point in points]
+    return format_table(axis.title, axis.values, columns)
 
 
 # --- data rows ---------------------------------------------------------------------------------------
@@ -318,16 +304,20 @@ def write_hollow_index(path: Path, n_row: int, per_shard: int) -> None:
         file.write(text + len(text).to_bytes(8, "little"))
 
 
+def peak_bytes() -> int:
+    """Peak memory of this process. (On Linux, training.monitor.peak_memory includes that of the process before it.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_memory(torch.device("cpu"))
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+
+
 def time_and_memory(call: Callable[..., object], *arguments: object) -> tuple[float, float]:
-    """Seconds and added MB of a call."""
-
-    def timed() -> tuple[float, object]:
-        start = time.process_time()
-        result = call(*arguments)
-        return time.process_time() - start, result  # the result is alive until the memory is read
-
-    (seconds, _), memory = added_memory(torch.device("cpu"), timed)
-    return seconds, memory / 1e6
+    """Seconds of a call, and by how many MB its peak memory exceeds the memory in use before it."""
+    benchmark.reset_peak_memory(torch.device("cpu"))
+    before, start = peak_bytes(), time.process_time()
+    call(*arguments)
+    return time.process_time() - start, (peak_bytes() - before) / 1e6
 
 
 def in_new_process(function: Callable, *arguments: object) -> object:
@@ -339,7 +329,7 @@ def in_new_process(function: Callable, *arguments: object) -> object:
 def microseconds_per_row(source: Shards | FileRows | range, n: int = 1000) -> float:
     """Of drawing a random sample's number from the mixture and reading its row."""
     mixture = Mixture([source], [1.0])
-    positions = random.Random(0).sample(range(10 * len(source)), n)
+    positions = random.Random(0).choices(range(10 * len(source)), k=n)
     start = time.process_time()
     for position in positions:
         _, _, index = mixture.key(position, seed=0)
