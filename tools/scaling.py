@@ -114,7 +114,7 @@ def exponents(sizes: Sequence[float], costs: Sequence[float]) -> list[float]:
 
 
 def is_linear(exponent: float) -> bool:
-    return LINEAR[0] <= exponent <= LINEAR[1]
+    return LINEAR[0] <= round(exponent, 2) <= LINEAR[1]
 
 
 def linear_range(sizes: Sequence[int], costs: Sequence[float]) -> str:
