@@ -178,7 +178,7 @@ def clock(device: torch.device) -> float:
 
 
 def stage_calls(model: Owl, sizes: Sizes, dist: Dist) -> dict[str, Callable[[], float]]:
-    """For each stage, a function that runs it once and returns the seconds. The model may be shared: see set_queries."""
+    """For each stage, a function that runs it once and returns the seconds. Calls of other sizes may share the model."""
     config, llama, device = model.config, model.llama, dist.device
     set_queries(model, sizes.n_query)
     generator = torch.Generator().manual_seed(0)
@@ -293,11 +293,11 @@ def write_rows(path: Path, n_row: int) -> None:
         file.write("]" * is_list)
 
 
-def write_hollow_index(path: Path, n_row: int, per_shard: int) -> None:
+def write_hollow_index(path: Path, n_row: int) -> None:
     """An index file of n_row rows whose blocks are a hole: it opens as a real one does, but has no samples."""
-    n_shard = n_row // per_shard
+    n_shard = n_row // SHARD
     table = {"names": [f"{i:06}.tar" for i in range(n_shard)], "sizes": [3 * 10**8] * n_shard, "reasons": {}}
-    table |= {"mtimes": [1_700_000_000_000_000_000 + i for i in range(n_shard)], "counts": [per_shard] * n_shard}
+    table |= {"mtimes": [1_700_000_000_000_000_000 + i for i in range(n_shard)], "counts": [SHARD] * n_shard}
     text = json.dumps(table).encode()
     with open(path, "xb") as file:
         file.seek(4 * n_row)
@@ -341,9 +341,9 @@ def read_from(open_source: Callable[..., Shards | FileRows], *arguments: object)
     return microseconds_per_row(open_source(*arguments))
 
 
-def measure_tar(folder: Path, n_row: int, per_shard: int) -> dict[str, float]:
+def measure_tar(folder: Path, n_row: int) -> dict[str, float]:
     folder = folder / f"tar-{n_row}"
-    write_shards(folder, n_row, per_shard)
+    write_shards(folder, n_row, SHARD)
     pattern = str(folder / "*.tar")
     build, build_memory = in_new_process(time_and_memory, Shards, pattern)
     (index,) = (folder / "owlet-index").iterdir()
@@ -383,13 +383,13 @@ def add_computed(sizes: list[int], columns: dict[str, list[float]]) -> str:
     return f"| {COMPUTED:,}, computed | {' | '.join(cells)} |"
 
 
-def measure_rows(args: argparse.Namespace, per_shard: int = SHARD) -> str:
+def measure_rows(args: argparse.Namespace) -> str:
     sizes = [args.rows // 100, args.rows // 10, args.rows]
     tables = []
     with tempfile.TemporaryDirectory() as name, tqdm(total=9, desc="data rows", disable=None, leave=False) as bar:
         folder = Path(name)
         kinds = {
-            "tar shards": partial(measure_tar, per_shard=per_shard),
+            "tar shards": measure_tar,
             ".jsonl": partial(measure_json, suffix=".jsonl"),
             ".json": partial(measure_json, suffix=".json"),
         }
@@ -401,11 +401,11 @@ def measure_rows(args: argparse.Namespace, per_shard: int = SHARD) -> str:
             columns = {column: [row[column] for row in rows] for column in rows[0]}
             table, _, ranges = format_table(f"rows, {kind}", sizes, columns).partition("\n\n")
             tables.append(f"{table}\n{add_computed(sizes, columns)}\n\n{ranges}")
-        write_hollow_index(folder / "hollow.index", COMPUTED, per_shard)
+        write_hollow_index(folder / "hollow.index", COMPUTED)
         seconds, memory = in_new_process(time_and_memory, Index, folder / "hollow.index")
     drawing = microseconds_per_row(range(COMPUTED))
     tables.append(
-        f"An index file of {COMPUTED:,} rows in {COMPUTED // per_shard:,} shards opens in {seconds:.2f} s with "
+        f"An index file of {COMPUTED:,} rows in {COMPUTED // SHARD:,} shards opens in {seconds:.2f} s with "
         f"{memory:.0f} MB of memory; drawing one of {COMPUTED:,} rows takes {drawing:.0f} us."
     )
     return "\n\n".join(tables)
