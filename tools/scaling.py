@@ -178,7 +178,7 @@ def clock(device: torch.device) -> float:
 
 
 def stage_calls(model: Owl, sizes: Sizes, dist: Dist) -> dict[str, Callable[[], float]]:
-    """For each stage, a function that runs it once and returns the seconds. Calls of other sizes may share the model."""
+    """For each stage, a function that runs it once and returns the seconds. Other sizes may share the model."""
     config, llama, device = model.config, model.llama, dist.device
     set_queries(model, sizes.n_query)
     generator = torch.Generator().manual_seed(0)
