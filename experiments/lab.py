@@ -1,23 +1,24 @@
-"""What the experiments share: the models they start from, a baseline, and runs that are each made once.
+"""What the experiments share: the models they start from, and runs that are each made once.
 
-The papers start from LLaMA and CLIP. These runs start from a language model and a vision encoder of their own, trained
-once on the drawn scenes of data/shapes:
+The papers start from LLaMA and CLIP. These runs start from a language model of their own, trained on the text of the
+drawn scenes of data/shapes, and from the vision encoder of a model in checkpoints/. A seed decides everything else:
 
-    world        data.shapes.prepare: images, captions, questions, and a text part (facts that no image shows)
-      | tools.train_language             language   a language model of the text part; it has seen no images
-      | train_stage1, 2,000 steps        vision     a vision encoder; the rest of this model is not used
-      v
-    start        both, and an abstractor with random weights
-      | train_stage1                     seed1/queries8          captions
-      | train_stage2                     seed1/queries8-both     questions about images, about the text part, or both
-      v
-    evaluate                             seed1/queries8-both-test.jsonl: test, text_test or conflict
+    seed1/world                 data.shapes.prepare: images, captions, questions, a text part (facts no image shows)
+      | train_stage2            on text only, from random weights
+    seed1/language              a small language model; it has seen no images
+      |                         + vision encoder of checkpoints/tiny-owl2, + an abstractor with random weights
+    seed1/queries16-start
+      | train_stage1            captions
+    seed1/queries16
+      | train_stage2            questions about images, about the text part, or both
+    seed1/queries16-both
+      | experiments.score       tests 8 checkpoints of the run, and its start
+    seed1/queries16-both.scores.json
 
-A seed (1, 2, 3) decides the initial abstractor, equal for all setups of the same shape, and the order of the samples
-in both stages. All seeds share the world, the language model, the vision encoder and the test questions, so the
-standard deviations in the tables do not cover these. Learning rates and numbers of steps were tuned on the baseline's
-test results, not for any other setup. Runs are short: after 200 steps of stage 1 and 300 of stage 2 all models still
-improve, so the tables compare speed of learning as much as its result.
+So two seeds differ in scenes, facts, test questions, language model, abstractor and the order of the samples. All
+setups of a seed share these, and are compared in pairs. All seeds share the vision encoder, as the papers' runs share
+CLIP. The decoder is small (280,000 parameters), so that image and text data compete for it. Learning rates and
+numbers of steps were chosen on the baseline of one seed, not for any other setup.
 
 The name of a run describes its setup, so experiments share runs. Each command runs once: NAME.log has its output and
 NAME.run.json its arguments, versions and device. A stopped or killed training continues from its last checkpoint.
@@ -25,9 +26,8 @@ NAME.run.json its arguments, versions and device. A stopped or killed training c
 
 import argparse
 import fcntl
-import json
-import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,35 +45,47 @@ import torch
 from tqdm import tqdm
 
 from command import ArgumentParser, log, user_errors
-from evaluation.scoring import is_exact_match
 from experiments.patches import Patches
 from common.files import read_json, write_json
 from model import Owl
 from training.options import positive_float, positive_int
 from training.presets import PRESETS, init_weights, resize
-from weights import load_model, save_model
+from weights import load_model, read_config, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 VOCAB_SIZE = 640  # of data/shapes' tokenizer
+N_EMBD, N_HEAD = 64, 4  # of the decoder
+N_MLP, N_MLP_WIDE = 172, 215  # the wide one without the modality-adaptive module has the parameters of one with it
+N_POINT = 8  # checkpoints of a run of stage 2, which are tested
 
 # Found by trial: enough that a run learns, few enough that it takes minutes on one core.
-COMMON = ["--batch", "32", "--micro-batch", "32", "--crop-scale", "0", "--save-every", "100"]
-STAGE1 = ["--lr", "1.5e-3", "--min-lr", "1e-4"]
-STAGE2 = ["--warmup", "50", "--lr", "1e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
-N_STEP_LANGUAGE, N_STEP_VISION, N_STEP_1, N_STEP_2 = 1500, 2000, 200, 300
+COMMON = ["--batch", "32", "--micro-batch", "32", "--crop-scale", "0", "--keep", str(N_POINT)]
+LANGUAGE = ["--warmup", "50", "--lr", "3e-3", "--min-lr", "1e-4", "--weight-decay", "0.05", "--max-length", "512"]
+STAGE1 = ["--warmup", "50", "--lr", "3e-3", "--min-lr", "1e-4"]
+STAGE2 = ["--warmup", "50", "--lr", "2e-3", "--min-lr", "1e-5", "--weight-decay", "0.05", "--max-length", "512"]
+N_STEP_LANGUAGE, N_STEP_1, N_STEP_2 = 800, 200, 400
 LORA_RANK = 8
-LORA = ["--lora-rank", str(LORA_RANK), "--train-abstractor", "--lr", "2e-3"]  # overrides the rate of STAGE2
+# Overrides the rate of STAGE2.
+LORA = ["--lora-rank", str(LORA_RANK), "--vit-lr-decay", "1", "--train-abstractor", "--lr", "4e-3"]
 VIT = {
-    "trained": ["--vit-lr-decay", "1"],
-    "layer-wise": ["--vit-lr-decay", "0.5"],  # the lowest of 4 layers has 0.06 of the rate; at 0.9, of 24 layers, 0.08
+    "trained": ["--vit-lr", "3e-4", "--vit-lr-decay", "1"],
+    # The lowest of 6 layers has 0.08 of the rate, as at the paper's 0.9 the lowest of 24.
+    "layer-wise": ["--vit-lr", "3e-4", "--vit-lr-decay", "0.65"],
     "frozen": ["--vit-lr-decay", "1", "--freeze-vit"],
+}
+ENCODERS = {  # folders in checkpoints
+    "scenes": "tiny-owl2",  # trained on other scenes of data/shapes, words included
+    "easy-vqa": "tiny-owl1",  # trained on pictures with a single shape; it has seen no letter
 }
 DATA = {  # of stage 2; "none": no stage 2, the model of stage 1 is tested
     "none": [],
     "text": ["text.json:1"],
     "image": ["train.json:1"],
     "both": ["train.json:1", "text.json:1"],
+    "image-rich": ["train.json:4", "text.json:1"],
+    "text-rich": ["train.json:1", "text.json:4"],
+    "captions": ["captions.json:1", "train.json:1", "text.json:1"],  # of a single stage: as many samples as in two
 }
 
 
@@ -82,11 +94,14 @@ class Setup:
     """A model and its training; the defaults are the baseline."""
 
     variant: str = "owl2"
-    n_query: int = 8
+    n_query: int = 16
     patches: bool = False  # one visual token per patch, by one Linear, instead of an abstractor (patches.py)
     image_size: int = 64  # pixels
     adaptive: bool = True  # Owl2's modality-adaptive module
+    wide: bool = False  # a wider MLP; without the module, the model has as many parameters as with it
     vit: str = "trained"  # a key of VIT
+    encoder: str = "scenes"  # a key of ENCODERS
+    end_to_end: bool = False  # no stage 1; stage 2 has the steps of both
     data: str = "both"  # of stage 2: a key of DATA
     lora: bool = False  # stage 2 trains adapters and the abstractor instead of everything
 
@@ -96,26 +111,23 @@ class Setup:
         name = "owl1-" if self.variant == "owl1" else ""
         name += f"{'patches' if self.patches else 'queries'}{self.n_query}"
         name += f"-{self.image_size}px" if self.image_size != 64 else ""
-        name += "-plain" if not self.adaptive else ""
-        return name + (f"-vit-{self.vit}" if self.vit != "trained" else "")
+        name += ("" if self.adaptive else "-plain") + ("-wide" if self.wide else "")
+        name += f"-vit-{self.vit}" if self.vit != "trained" else ""
+        return name + (f"-{self.encoder}" if self.encoder != "scenes" else "")
 
     @property
     def stage2(self) -> str:
         if self.data == "none":
             return self.stage1
-        return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "")
+        return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "") + ("-end" if self.end_to_end else "")
 
     @property
     def language(self) -> str:
-        return "language" if self.variant == "owl2" else "language-owl1"
+        """Name of the language model that it starts from."""
+        return "language" + ("-owl1" if self.variant == "owl1" else "") + ("-wide" if self.wide else "")
 
-    @property
-    def flags(self) -> list[str]:
-        """Flags of both stages."""
-        return ["--image-size", str(self.image_size), *VIT[self.vit]]
-
-    def command(self, module: str) -> list[str]:
-        return ["experiments.patches", module] if self.patches else [module]
+    def command(self, *command: str) -> list[str]:
+        return ["experiments.patches", *command] if self.patches else list(command)
 
 
 # --- runs ---------------------------------------------------------------------------------------------
@@ -150,6 +162,10 @@ class Lab:
             if self.run_command(command, self.out / f"{name}.log") != 0:
                 raise ValueError(f"{module} failed for {self.out / name}: see {self.out / name}.log")
             write_json(path, record | {"done": True})
+
+    def is_done(self, name: str) -> bool:
+        path = self.out / f"{name}.run.json"
+        return path.exists() and read_json(path).get("done", False)
 
     def run_command(self, command: list[str], log_file: Path) -> int:
         """Runs a module with flags in a process and returns its exit code."""
@@ -193,76 +209,88 @@ class Lab:
                     child.terminate()  # training saves a checkpoint and exits
                 raise
 
-    def run_setups(self, setups: Iterable[Setup], tests: tuple[str, ...] = ("test", "text_test")) -> None:
-        """Makes all runs of all seeds, as run_parallel does."""
+    def run_setups(self, setups: Iterable[Setup]) -> None:
+        """Makes all runs of all seeds, as run_parallel does. Earlier setups run first."""
         setups = list(setups)
-        self.run_parallel([partial(self.run_chain, setup, seed, tests) for seed in self.seeds for setup in setups])
+        by_language = {setup.language: setup for setup in setups}
+        # A single stage only needs the start of stage 1; another setup may need the run as well.
+        by_stage1 = {setup.stage1: setup for setup in sorted(setups, key=lambda setup: not setup.end_to_end)}
+        by_stage2 = {setup.stage2: setup for setup in setups if setup.data != "none"}
+        self.run_parallel([partial(self.make_world, seed) for seed in self.seeds])
+        for step, chosen in (
+            (self.train_language, by_language),
+            (self.train_stage1, by_stage1),
+            (self.train_stage2, by_stage2),
+        ):
+            self.run_parallel([partial(step, setup, seed) for setup in chosen.values() for seed in self.seeds])
 
-    def run_chain(self, setup: Setup, seed: int, tests: tuple[str, ...]) -> None:
-        """Makes a setup's run and all that it starts from, then tests it."""
-        self.run_once("world", "data.shapes.prepare", "--out", "world", "--images", str(self.n_image))
-        self.train_language("owl2")
-        self.train_vision()
-        self.train_language(setup.variant)
-        self.train_stage1(setup, seed)
-        self.train_stage2(setup, seed)
-        name = f"seed{seed}/{setup.stage2}"
-        for test in tests:
-            flags = ["--data", f"world/{test}.json", "--weights", name, "--out", f"{name}-{test}.jsonl"]
-            self.run_once(f"{name}-{test}", *setup.command("evaluate"), *flags)
-
-    def train(self, command: list[str], name: str, n_step: int, *flags: str, common: list[str] = COMMON) -> None:
-        steps = ["--steps", str(max(1, round(n_step * self.scale)))]
+    def train(
+        self,
+        command: list[str],
+        name: str,
+        n_step: int,
+        *flags: str,
+        common: list[str] = COMMON,
+        n_point: int = N_POINT,
+    ) -> None:
+        """Runs a stage. n_point: number of its checkpoints."""
+        n_step = max(1, round(n_step * self.scale))
+        steps = ["--steps", str(n_step), "--save-every", str(max(1, n_step // n_point))]
         self.run_once(name, *command, *common, *flags, *steps, "--out", name, "--resume")
-        shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # ten times the model's size
+        shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # each is three times the model's size
 
-    def train_language(self, variant: str) -> None:
-        """Trains a language model on text in the prompt format of a variant."""
-        setup = Setup(variant)
-        start = ["--preset", f"tiny-{variant}", "--tokenizer", "world/tokenizer.model", *setup.flags]
-        data = ["--data", "world/stage0.json", "--val", "world/stage0_val.json"]
-        self.train(["tools.train_language"], setup.language, N_STEP_LANGUAGE, *start, *data)
+    def make_world(self, seed: int) -> None:
+        name = f"seed{seed}/world"
+        self.run_once(name, "data.shapes.prepare", "--out", name, "--images", str(self.n_image), "--seed", str(seed))
 
-    def train_vision(self) -> None:
-        data = ["--data", "world/captions.json", "--val", "world/captions_val.json"]
-        flags = ["--weights", "language", *Setup().flags, *data, *STAGE1, "--warmup", "100"]
-        self.train(["train_stage1"], "vision", N_STEP_VISION, *flags)
+    def start(self, name: str, seed: int, model: Callable[[], Owl]) -> list[str]:
+        """Flags that start a run from this model, which is made unless the run is done."""
+        folder = self.out / f"{name}-start"
+        with self.locks.setdefault("start", threading.Lock()):  # one lock for all: torch's generator is shared
+            is_made = (folder / "model.safetensors.index.json").exists()  # save_model writes it last
+            if not is_made and not self.is_done(name):
+                torch.manual_seed(seed)
+                save_model(model(), folder)
+        return ["--weights", f"{name}-start", "--seed", str(seed)]
+
+    def train_language(self, setup: Setup, seed: int) -> None:
+        """Trains a language model on text in the prompt format of a variant. The rest of the model is not used."""
+        name, world = f"seed{seed}/{setup.language}", f"seed{seed}/world"
+        plain = Setup(setup.variant, adaptive=False, wide=setup.wide)
+
+        def random_model() -> Owl:
+            model = init_weights(create_model(plain))
+            model.tokenizer_folder = self.out / world
+            return model
+
+        flags = [*self.start(name, seed, random_model), *VIT["frozen"], *LANGUAGE, "--lora-rank", "0"]
+        data = ["--data", f"{world}/stage0.json", "--val", f"{world}/text_val.json"]
+        self.train(["train_stage2"], name, N_STEP_LANGUAGE, *flags, *data)
 
     def train_stage1(self, setup: Setup, seed: int) -> None:
         name = f"seed{seed}/{setup.stage1}"
-        start = self.out / f"{name}-start"
-        with self.locks.setdefault("start", threading.Lock()):  # one lock for all: torch's generator is shared
-            if not (start / "model.safetensors.index.json").exists():  # save_model writes it last
-                save_model(initial_model(self.out / setup.language, self.out / "vision", setup, seed), start)
-        data = ["--weights", f"{name}-start", "--data", "world/captions.json"]
-        flags = [*setup.flags, *STAGE1, "--warmup", "50", "--seed", str(seed)]
-        self.train(setup.command("train_stage1"), name, N_STEP_1, *data, *flags)
+        flags = self.start(name, seed, lambda: initial_model(self.out / f"seed{seed}/{setup.language}", setup, seed))
+        if setup.end_to_end:
+            return
+        flags += ["--image-size", str(setup.image_size), *VIT[setup.vit], *STAGE1]
+        flags += ["--data", f"seed{seed}/world/captions.json"]
+        command = setup.command("experiments.score", f"seed{seed}/world", "train_stage1")
+        self.train(command, name, N_STEP_1, *flags, n_point=2)
 
     def train_stage2(self, setup: Setup, seed: int) -> None:
-        if setup.data == "none":
-            return
-        mix = [f"world/{source}" for source in DATA[setup.data]]
-        data = ["--weights", f"seed{seed}/{setup.stage1}", "--mix", *mix]
-        flags = [*setup.flags, *STAGE2, *(LORA if setup.lora else ["--lora-rank", "0"]), "--seed", str(seed)]
-        self.train(setup.command("train_stage2"), f"seed{seed}/{setup.stage2}", N_STEP_2, *data, *flags)
+        name, start = f"seed{seed}/{setup.stage2}", f"seed{seed}/{setup.stage1}"
+        mix = [f"seed{seed}/world/{source}" for source in DATA[setup.data]]
+        flags = ["--weights", start + ("-start" if setup.end_to_end else ""), "--mix", *mix, "--seed", str(seed)]
+        flags += ["--image-size", str(setup.image_size), *STAGE2]
+        flags += LORA if setup.lora else ["--lora-rank", "0", *VIT[setup.vit]]
+        n_step = N_STEP_2 + (N_STEP_1 if setup.end_to_end else 0)
+        command = setup.command("experiments.score", f"seed{seed}/world", "train_stage2")
+        self.train(command, name, n_step, *flags)
 
-    def answers(self, setup: Setup, seed: int, test: str) -> list[dict]:
-        """The answers of a test with the notes of their questions, as evaluate.py wrote them."""
-        path = self.out / f"seed{seed}/{setup.stage2}-{test}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    def accuracy(
-        self, setup: Setup, test: str, select: Callable[[dict], bool] = lambda row: True, key: str = "truth"
-    ) -> list[float]:
-        """For each seed, the percentage of the selected answers that equal row[key]."""
-        rows = (filter(select, self.answers(setup, seed, test)) for seed in self.seeds)
-        return [percentage(is_exact_match(row["answer"], row[key]) for row in of_seed) for of_seed in rows]
-
-
-def percentage(values: Iterable[bool]) -> float:
-    """Percentage of true values; nan if there are none."""
-    values = list(values)
-    return 100 * sum(values) / len(values) if values else math.nan
+    def scores(self, setup: Setup, seed: int) -> dict[int, dict]:
+        """By step, the scores of a run that experiments.score wrote."""
+        scores = read_json(self.out / f"seed{seed}/{setup.stage2}.scores.json")
+        return {int(step): tests for step, tests in scores.items()}
 
 
 def git_commit() -> str | None:
@@ -280,9 +308,12 @@ def git_commit() -> str | None:
 def create_model(setup: Setup) -> Owl:
     """A model of that shape, without initialized weights."""
     config = PRESETS[f"tiny-{setup.variant}"]()
-    config.llama.vocab_size = VOCAB_SIZE
+    config.vit = read_config(ROOT / "checkpoints" / ENCODERS[setup.encoder]).vit
+    config.llama.vocab_size, config.llama.n_embd = VOCAB_SIZE, N_EMBD
+    config.llama.n_head = config.llama.n_kv_head = N_HEAD
+    config.llama.n_mlp = N_MLP_WIDE if setup.wide else N_MLP
     config.llama.adaptive &= setup.adaptive
-    config.abstractor.n_query = setup.n_query
+    config.abstractor.n_query, config.abstractor.n_out = setup.n_query, N_EMBD
     resize(config, setup.image_size)
     model = Owl(config)
     if setup.patches:
@@ -290,20 +321,21 @@ def create_model(setup: Setup) -> Owl:
     return model
 
 
-def initial_model(language: Path, vision: Path, setup: Setup, seed: int) -> Owl:
+def initial_model(language: Path, setup: Setup, seed: int) -> Owl:
     """The trained language model and vision encoder with a random abstractor, for 64 pixels.
 
-    The visual half of the modality-adaptive module is a copy of the text half, as tools.train_language leaves it.
+    The visual half of the modality-adaptive module is a copy of the text half, as tools.train_language leaves it. The
+    language model is rounded to bfloat16, in which a GPU keeps frozen weights: so stage 1 leaves it as it is.
     """
     model = create_model(replace(setup, image_size=64))
     torch.manual_seed(seed)
     init_weights(model.abstractor)
     text_model = load_model(language)
-    state = text_model.llama.state_dict()
-    if not model.config.llama.adaptive:
-        state = {key.replace(".multiway.0.", "."): value for key, value in state.items() if ".multiway.1." not in key}
+    text = text_model.llama.bfloat16().float().state_dict()
+    # Both "norm.multiway.0.weight" and "norm.multiway.1.weight" are "norm.weight" of the language model.
+    state = {key: text[re.sub(r"\.multiway\.\d", "", key)] for key in model.llama.state_dict()}
     model.llama.load_state_dict(state)
-    model.vit.load_state_dict(load_model(vision).vit.state_dict())
+    model.vit.load_state_dict(load_model(ROOT / "checkpoints" / ENCODERS[setup.encoder]).vit.state_dict())
     model.tokenizer_folder = text_model.tokenizer_folder
     return model
 
@@ -316,9 +348,9 @@ def experiment(doc: str) -> Iterator[Lab]:
     """The lab of an experiment's command line. On SIGTERM or Ctrl-C stops all runs and exits with 128 + signal."""
     p = ArgumentParser(prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=doc)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments", help="folder (default: %(default)s)")
-    p.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="1 to N (default: %(default)s)")
+    p.add_argument("--seeds", type=positive_int, default=5, metavar="N", help="1 to N (default: %(default)s)")
     p.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="parallel runs (default: the cores)")
-    p.add_argument("--images", type=positive_int, default=8000, metavar="N", help="to draw (default: %(default)s)")
+    p.add_argument("--images", type=positive_int, default=4000, metavar="N", help="per seed (default: %(default)s)")
     p.add_argument("--scale", type=positive_float, default=1.0, help="factor of all steps (default: 1)")
     args = p.parse_args()
     args.out = args.out.resolve()
@@ -329,8 +361,6 @@ def experiment(doc: str) -> Iterator[Lab]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with user_errors():
-        import matplotlib  # noqa: F401 (a missing package is an error now rather than after hours)
-
         try:
             yield Lab(args)
         except KeyboardInterrupt as interrupt:

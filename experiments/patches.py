@@ -34,7 +34,8 @@ class Patches(nn.Module):
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("module", choices=("train_stage1", "train_stage2", "evaluate"), help="the command to run")
+    modules = ("train_stage1", "train_stage2", "evaluate", "experiments.score")
+    parser.add_argument("module", choices=modules, help="the command to run")
     parser.parse_args(sys.argv[1:2])  # the flags that follow are those of the command
     model.Abstractor = Patches  # used by all models that the command creates
     sys.argv = sys.argv[1:]

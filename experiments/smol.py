@@ -28,8 +28,8 @@ from typing import NamedTuple
 from command import run
 from common.files import read_json
 from evaluation.scoring import is_exact_match
-from experiments.lab import ROOT, Lab, experiment, percentage
-from experiments.report import save_chart, to_markdown, write_report
+from experiments.lab import ROOT, Lab, experiment
+from experiments.report import format_numbers, to_markdown
 
 STARTS = ("owl1", "owl2", "owl2-plain")  # presets smol-...
 COMMON = ["--image-size", "64", "--batch", "8", "--micro-batch", "8", "--vit-lr-decay", "1", "--crop-scale", "0"]
@@ -93,21 +93,29 @@ def scores(lab: Lab, name: str) -> dict[str, float]:
     answers = lab.out / f"{name}-test.jsonl"
     if answers.exists():
         rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-        row["image questions, %"] = percentage(is_exact_match(row["answer"], row["truth"]) for row in rows)
+        right = [is_exact_match(row["answer"], row["truth"]) for row in rows]
+        row["image questions, %"] = 100 * sum(right) / len(right)
     return row
+
+
+def table(lab: Lab, head: str, names: dict[str, list[str]]) -> str:
+    """Mean and standard deviation of each number. names: of the runs of each row."""
+    cells = []
+    for row, runs in names.items():
+        numbers = [scores(lab, name) for name in runs]
+        columns = list(numbers[0])
+        cells.append([row, *(format_numbers([run[column] for run in numbers]) for column in columns)])
+    return to_markdown([head, *columns], cells)
 
 
 def main() -> None:
     with experiment(__doc__) as lab:
         lab.run_parallel([partial(run_stage1, lab, start) for start in STARTS])
         lab.run_parallel([partial(run_stage2, lab, setup, seed) for seed in lab.seeds for setup in SETUPS])
-        stage1 = {start: {key: [x] for key, x in scores(lab, start).items()} for start in STARTS}
-        stage2 = {}
-        for setup in SETUPS:
-            rows = [scores(lab, f"seed{seed}/{setup.name}") for seed in lab.seeds]
-            stage2[setup.name] = {key: [row[key] for row in rows] for key in rows[0]}
-        write_report(lab, "smol", to_markdown("after stage 1", stage1), to_markdown("after stage 2", stage2))
-        save_chart(lab.out / "smol.png", "text ability and sight after stage 2", stage2, "perplexity, or % correct")
+        stage2 = {setup.name: [f"seed{seed}/{setup.name}" for seed in lab.seeds] for setup in SETUPS}
+        tables = table(lab, "after stage 1", {start: [start] for start in STARTS}), table(lab, "after stage 2", stage2)
+        (lab.out / "smol.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+        print(*tables, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import argparse
 import itertools
 import json
-import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, assert_close
+from data.conversations import Sample, SampleSpec
 from data.image import load_image, to_pixels
-from data.text import Tokenizer
+from data.text import Tokenizer, expand_images, render_conversation
 from inference.batch import ask
 from inference.fast_decode import FastDecoder
-from experiments import adaptive, patches, report, smol
-from experiments.lab import DATA, VIT, Lab, Setup, experiment, initial_model
-from model import Owl
+from experiments import endtoend, patches, report, score, smol
+from experiments.statistics import paired_difference
+from experiments.lab import ENCODERS, N_EMBD, VIT, Lab, Setup, create_model, experiment, initial_model
 from runs import run_main
-from training.presets import PRESETS, init_weights
+from training.presets import init_weights
 from weights import load_model, save_model
 
 TOKENIZER = ROOT / "checkpoints" / "tiny-owl2" / "tokenizer.model"
@@ -36,45 +37,37 @@ def lab(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> list[Path]:
-    """Model folders of a random language model and of a random vision encoder."""
-    folders = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        config = PRESETS["tiny-owl2"]()
-        config.llama.vocab_size = Tokenizer(TOKENIZER).vocab_size
-        model = init_weights(Owl(config))
-        for vector in (p for p in model.parameters() if p.ndim == 1):
-            torch.nn.init.normal_(vector)  # norms and biases that differ between models
-        model.tokenizer_folder = TOKENIZER.parent
-        folders.append(tmp_path_factory.mktemp("part"))
-        save_model(model, folders[-1])
-    return folders
+def language(tmp_path_factory) -> Path:
+    """The folder of a random language model."""
+    torch.manual_seed(0)
+    model = init_weights(create_model(Setup(adaptive=False)))
+    for vector in (p for p in model.parameters() if p.ndim == 1):
+        torch.nn.init.normal_(vector)  # norms and biases that are not 1 and 0
+    model.tokenizer_folder = TOKENIZER.parent
+    folder = tmp_path_factory.mktemp("language")
+    save_model(model, folder)
+    return folder
 
 
-def write_answers(lab: Lab, seed: int, test: str, rows: list[dict]) -> None:
-    path = lab.out / f"seed{seed}/queries8-both-{test}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_an_initial_model_has_the_trained_parts_and_a_seeded_abstractor(parts):
-    model = initial_model(*parts, Setup(n_query=5, image_size=32), seed=0)
+def test_an_initial_model_has_the_trained_parts_and_a_seeded_abstractor(language):
+    model = initial_model(language, Setup(n_query=5, image_size=32), seed=0)
     assert (model.config.n_query, model.config.image_size) == (5, 64)  # the stages resize it
-    for part, source in (("llama", parts[0]), ("vit", parts[1])):
-        expected = getattr(load_model(source), part).state_dict()
-        torch.testing.assert_close(getattr(model, part).state_dict(), expected, rtol=0, atol=0)
+    text = load_model(language).llama.bfloat16().float().state_dict()
+    for key, x in model.llama.state_dict().items():
+        assert torch.equal(x, text[key.replace(".multiway.0", "").replace(".multiway.1", "")])
+    encoder = load_model(ROOT / "checkpoints" / ENCODERS["scenes"]).vit.state_dict()
+    torch.testing.assert_close(model.vit.state_dict(), encoder, rtol=0, atol=0)
 
-    first, other = (initial_model(*parts, Setup(), seed).state_dict() for seed in (0, 1))
+    first, other = (initial_model(language, Setup(), seed).state_dict() for seed in (0, 1))
     changed = {key for key in first if not torch.equal(first[key], other[key])}
     assert "abstractor.queries" in changed and all(key.startswith("abstractor.") for key in changed)
-    plain = initial_model(*parts, Setup(adaptive=False), 1).state_dict()
+    plain = initial_model(language, Setup(adaptive=False), 1).state_dict()
     assert all(torch.equal(other[key], plain[key]) for key in changed)  # equal for all setups of a seed
 
 
-def test_without_the_module_only_the_text_half_is_left(parts, tmp_path):
+def test_without_the_module_only_the_text_half_is_left(language, tmp_path):
     """The same language model, as long as there are no images. It can be saved and loaded."""
-    plain, full = initial_model(*parts, Setup(adaptive=False), seed=0), initial_model(*parts, Setup(), seed=0)
+    plain, full = initial_model(language, Setup(adaptive=False), seed=0), initial_model(language, Setup(), seed=0)
     ids = torch.arange(3, 40)[None]
     assert torch.equal(plain(ids)[0], full(ids)[0])
     save_model(plain, tmp_path / "plain")
@@ -83,12 +76,18 @@ def test_without_the_module_only_the_text_half_is_left(parts, tmp_path):
     torch.testing.assert_close(loaded.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_patches_are_visual_tokens(parts, tmp_path, monkeypatch):
+def test_the_wide_decoder_has_as_many_parameters_as_the_adaptive_one():
+    setups = Setup(), Setup(adaptive=False, wide=True), Setup(adaptive=False)
+    adaptive, wide, plain = (sum(p.numel() for p in create_model(setup).llama.parameters()) for setup in setups)
+    assert plain < wide <= adaptive and abs(adaptive - wide) < 0.03 * (adaptive - plain)
+
+
+def test_patches_are_visual_tokens(language, tmp_path, monkeypatch):
     """One Linear, without the class token; such a model folder can be evaluated."""
-    model = initial_model(*parts, Setup(n_query=64, patches=True), seed=0).eval()
+    model = initial_model(language, Setup(n_query=64, patches=True), seed=0).eval()
     images = torch.randn(2, 3, 64, 64)
     visual = model.encode_images(images)
-    assert visual.shape == (2, model.config.n_visual_tokens, 128)
+    assert visual.shape == (2, model.config.n_visual_tokens, N_EMBD)
     expected = model.vit(images)[:, 1:] @ model.abstractor.fc.weight.T + model.abstractor.fc.bias
     assert_close(visual[:, :-1], expected)
     assert torch.equal(visual[1, -1], model.abstractor.eos[0, 0])
@@ -108,12 +107,13 @@ def test_patches_are_visual_tokens(parts, tmp_path, monkeypatch):
 
 
 def test_every_setup_has_its_own_name():
-    choices = {"variant": ("owl2", "owl1"), "n_query": (8, 4), "patches": (False, True), "image_size": (64, 32)}
-    choices |= {"adaptive": (True, False), "vit": VIT, "data": ("text", "image", "both"), "lora": (False, True)}
+    choices = {"variant": ("owl2", "owl1"), "n_query": (16, 4), "patches": (False, True), "image_size": (64, 32)}
+    choices |= {"adaptive": (True, False), "wide": (False, True), "vit": VIT, "encoder": ENCODERS}
+    choices |= {"end_to_end": (False, True), "data": ("text", "image", "both"), "lora": (False, True)}
     setups = [Setup(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
     assert len({setup.stage2 for setup in setups}) == len(setups)
-    # Setups that differ only in stage 2 (3 kinds of data, with LoRA or without) share stage 1.
-    assert len({setup.stage1 for setup in setups}) == len(setups) / 3 / 2
+    # Setups that differ only in stage 2 (3 kinds of data, with LoRA or without, end to end or not) share stage 1.
+    assert len({setup.stage1 for setup in setups}) == len(setups) / 3 / 2 / 2
     assert Setup(data="none").stage2 == Setup().stage1
 
 
@@ -152,7 +152,7 @@ def test_the_first_failure_stops_the_others(lab):
 
 def test_one_experiment_at_a_time_uses_a_folder(lab, monkeypatch):
     other = Lab(argparse.Namespace(out=lab.out, jobs=1, seeds=1, images=60, scale=1))
-    monkeypatch.setattr(lab, "run_chain", lambda *_: other.run_setups([Setup()]))
+    monkeypatch.setattr(lab, "make_world", lambda _: other.run_setups([Setup()]))
     with pytest.raises(ValueError, match="another experiment"):
         lab.run_setups([Setup()])
 
@@ -166,86 +166,114 @@ def test_invalid_flags_are_user_errors(flags, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and flags[0] in err and err.count("\n") == 1
 
 
-def test_accuracy_is_of_the_selected_rows(lab):
-    keys, rows = ("answer", "truth", "text_answer", "seen"), []
-    rows.append(dict(zip(keys, ("Red.", "red", "blue", True))))
-    rows.append(dict(zip(keys, ("blue", "red", "blue", False))))
-    rows.append(dict(zip(keys, ("two", "two", "one", True))))
-    rows.append(dict(zip(keys, ("", "two", "one", True))))
-    write_answers(lab, 1, "test", rows)
-    write_answers(lab, 2, "test", rows[:1])
-    assert lab.accuracy(Setup(), "test") == [50.0, 100.0]
-    assert lab.accuracy(Setup(), "test", key="text_answer") == [25.0, 0.0]
-    unseen, none = lab.accuracy(Setup(), "test", lambda row: not row["seen"])
-    assert unseen == 0.0 and math.isnan(none)
+def write_run(lab: Lab, seed: int, steps: dict[int, dict[str, str]], rows: dict[str, list[dict]]) -> None:
+    """A world of these questions, and the scores of the baseline."""
+    folder = lab.out / f"seed{seed}/world"
+    folder.mkdir(parents=True)
+    for test in ("test", "text_test", "conflict"):
+        (folder / f"{test}.json").write_text(json.dumps(rows.get(test, [{}])))
+    scores = {step: {test: {"right": right, "loss": step / 10} for test, right in x.items()} for step, x in steps.items()}
+    record = {"device": "a CPU", "torch": "2", "owlet": "abc"}
+    (folder.parent / "queries16-both.run.json").write_text(json.dumps(record))
+    (folder.parent / "queries16-both.scores.json").write_text(json.dumps(scores))
 
 
-def test_reading_is_not_counted_as_objects(lab):
-    lab.seeds = [1]
-    kinds = ("color", "color", "count", "word")
-    for test, answers in (("test", ("yes", "no", "no", "yes")), ("text_test", ("yes", "yes", "yes", "no"))):
-        rows = zip(kinds, answers, (True, True, False, True), strict=True)
-        write_answers(lab, 1, test, [{"kind": k, "answer": a, "seen": s, "truth": "yes"} for k, a, s in rows])
-    expected = {"objects, seen": [50.0], "unseen": [0.0], "words": [100.0], "text": [75.0]}
-    assert report.scores(lab, {"a": Setup()}) == {"a": expected}
-    assert report.scores_by_kind(lab, {"a": Setup()}, "test")["a"]["count"] == [0.0]
+def test_results_have_the_questions_of_a_metric_for_each_seed(lab):
+    kinds = [("color", True), ("color", False), ("word", True), ("word", False)]
+    rows = {"test": [{"kind": kind, "seen": seen} for kind, seen in kinds], "text_test": [{}, {}]}
+    for seed, last in ((1, "1011"), (2, "0100")):
+        write_run(lab, seed, {0: {"test": "0000", "text_test": "10"}, 2: {"test": last, "text_test": "11"}}, rows)
+    page = report.Page("a", "A?", {"x": Setup()}, [], "")
+    results = report.Results(lab, page)
+    assert results.questions("x", "objects") == [[100.0], [0.0]]
+    assert results.questions("x", "unseen") == [[0.0], [100.0]]
+    assert results.questions("x", "reading") == [[100.0, 100.0], [0.0, 0.0]]
+    assert results.questions("x", "text", step=0) == [[100.0, 0.0]] * 2
+    assert results.curve("x", "text loss") == {1: [0.0, 0.0], 3: [0.2, 0.2]}  # stage 1 has 200 * 0.001 steps, at least 1
+    assert results.learned_after("x") == ["3", "> 3"]
 
 
-def test_tables_and_charts_have_mean_and_deviation(tmp_path):
-    table = {"a": {"x": [1.0, 2.0, 3.0], "y": [12.34]}, "b": {"x": [4.0, 4.0, 5.5], "y": [0.0]}}
-    assert report.to_markdown("which", table).splitlines() == [
-        "| which | x | y |",
-        "|---|---|---|",
-        "| a | 2.0 ± 1.0 | 12.3 |",  # a single seed has no deviation
-        "| b | 4.5 ± 0.9 | 0.0 |",
-    ]
+def test_a_page_has_scores_and_differences(lab):
     pytest.importorskip("matplotlib")
-    report.save_chart(tmp_path / "a.png", "title", table, "% correct")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    rows = {"test": [{"kind": "color", "seen": True}, {"kind": "color", "seen": False}, {"kind": "word", "seen": True}]}
+    for seed in lab.seeds:
+        write_run(lab, seed, {0: {"test": "000", "text_test": "1"}, 2: {"test": "101", "text_test": "0"}}, rows)
+    setups = {"one": Setup(), "other": Setup()}
+    report.write_page(lab, report.Page("a", "A?\n\n    python -m a\n\nMore.\n", setups, [("one", "other")], "| 76.8 |"))
+    page = (lab.out / "a.md").read_text()
+    assert page.startswith("# A?\n\nMore.\n\n**The paper reports**\n\n| 76.8 |")
+    row = "100.0 ± 0.0 | 0.0 ± 0.0 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.200 ± 0.000 | 3, 3 |"
+    assert f"| one | {row}\n| other | {row}" in page
+    assert "| one - other | +0.0 [+0.0, +0.0], 0.0 |" in page
+    assert json.loads((lab.out / "a.json").read_text())["text"]["one"] == {"1": [100.0, 100.0], "3": [0.0, 0.0]}
+    assert all((lab.out / f"a-{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("curves", "differences"))
+
+
+def test_paired_differences_cover_seeds_and_questions():
+    ones, zeros = [[1.0] * 50] * 3, [[0.0] * 50] * 3
+    found = paired_difference(ones, zeros)
+    assert (found.mean, found.low, found.high, found.detectable) == (1.0, 1.0, 1.0, 0.0)
+    rng = random.Random(0)
+    noisy = [[float(rng.random() < 0.6) for _ in range(400)] for _ in range(5)]
+    found = paired_difference(noisy, [[0.0] * 400] * 5)
+    assert found.low < 0.6 < found.high and found.high - found.low < 0.13  # the standard error is 0.011
+    assert found.mean == pytest.approx(sum(map(sum, noisy)) / 2000)
+    seeds_differ = paired_difference([[1.0] * 400, [0.5] * 400, [0.0] * 400], [[0.0] * 400] * 3)
+    assert seeds_differ.per_seed == [1.0, 0.5, 0.0]  # their standard error is 0.5 / sqrt(3), and t is 4.3
+    assert seeds_differ.high - seeds_differ.mean == pytest.approx(4.3 * 0.5 / 3**0.5, rel=0.1)
+
+
+def test_scores_are_those_of_greedy_answers(language, tmp_path):
+    """With a model that answers some questions right, by greedy decoding."""
+    model, tokenizer = load_model(ROOT / "checkpoints" / "tiny-owl2"), Tokenizer(TOKENIZER)
+    questions = ["what color is the triangle?", "what word is written?", "is there a red ring?", "who?"] * 20
+    truths = ["yellow", "B A G", "yes", "I don't know."] * 20
+    name = str(ROOT / "assets" / "scene.png")
+    pixels = to_pixels(load_image(name), 64, "square")
+    answers = ask(FastDecoder(model), tokenizer, [f"<image>{q}" for q in questions], [pixels] * 80, max_new_tokens=10)
+    samples = []
+    spec = SampleSpec.for_model(model.config, tokenizer)
+    for question, truth in zip(questions, truths):
+        ids, labels = render_conversation(
+            [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": truth}], tokenizer, "owl2"
+        )
+        ids, labels = expand_images(ids, labels, spec.n_visual_tokens)
+        samples.append((Sample(ids, labels, torch.empty(0, 3, 64, 64)), name))
+    visual = score.encode(model, {name: pixels[None]})
+    found = score.score(model, samples, visual)["right"]
+    expected = "".join("1" if answer == truth else "0" for answer, truth in zip(answers, truths))
+    assert found == expected and 0 < found.count("1") < 80
 
 
 def test_costs():
-    setups = {"4": Setup(n_query=4), "8": Setup(), "small": Setup(image_size=32), "frozen": Setup(vit="frozen")}
+    setups = {"4": Setup(n_query=4), "16": Setup(), "small": Setup(image_size=32), "frozen": Setup(vit="frozen")}
     setups |= {"LoRA": Setup("owl1", data="image", lora=True), "none": Setup(data="none")}
-    table = report.costs(setups)
-    assert [row["visual tokens"] for row in table.values()] == [[5], [9], [9], [9], [9], [9]]
-    four, eight, small, frozen, lora, none = (row["MFLOP per sample"][0] for row in table.values())
-    assert four < eight > small
-    assert none == 0 < lora < frozen < eight  # adapters train little of the decoder
-
-
-def test_conflicts_count_questions_that_are_answered_correctly_alone(lab):
-    def row(image: int, kind: str, answer: str, **more: str) -> dict:
-        return {"images": [f"{image}.png"], "kind": kind, "answer": answer} | more
-
-    lab.seeds = [1]
-    alone = [row(i, "color", "red", truth="red") for i in range(4)] + [row(4, "color", "red", truth="blue")]
-    write_answers(lab, 1, "test", [*alone, row(5, "size", "big", truth="big")])
-    both = {"image_answer": "red", "text_answer": "green"}
-    conflicts = [row(i, "color", x, **both) for i, x in enumerate(("red", "red", "green", "white", "green", "red"))]
-    write_answers(lab, 1, "conflict", conflicts)  # image 5 was not asked alone about its color
-    expected = {"the image": [50.0], "the statement": [25.0], "neither": [25.0]}
-    assert adaptive.conflict_shares(lab, Setup()) == expected
+    n_visual, _, stage2 = zip(*map(report.costs, setups.values()))
+    assert n_visual == (5, 17, 17, 17, 17, 17)
+    four, base, small, frozen, lora, none = stage2
+    assert four < base > small
+    assert none == 0 < lora < frozen < base  # adapters train little of the decoder
 
 
 @pytest.mark.slow
 def test_a_stopped_experiment_continues(tmp_path):
     """A few steps of every run; SIGTERM in between. Runs that are complete are not repeated."""
-    command = [sys.executable, "-m", "experiments.adaptive", "--out", tmp_path / "lab"]
+    command = [sys.executable, "-m", "experiments.endtoend", "--out", tmp_path / "lab"]
     command += ["--seeds", "1", "--scale", "0.004", "--images", "60"]
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "lab/vision.run.json").exists():
+    while not (tmp_path / "lab/seed1/queries16.run.json").exists():
         time.sleep(0.1)
         assert first.poll() is None
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 128 + signal.SIGTERM
     assert "continues" in first.stderr.read()
-    language = (tmp_path / "lab/language.run.json").stat().st_mtime_ns
+    language = (tmp_path / "lab/seed1/language.run.json").stat().st_mtime_ns
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "lab/language.run.json").stat().st_mtime_ns == language
-    assert all(f"| {data}, with |" in done.stdout and f"| {data}, without |" in done.stdout for data in DATA)
-    assert all((tmp_path / "lab" / name).exists() for name in ("adaptive.md", "adaptive.png", "interference.png"))
+    assert (tmp_path / "lab/seed1/language.run.json").stat().st_mtime_ns == language
+    page = (tmp_path / "lab/endtoend.md").read_text()
+    assert all(f"\n| {setup} |" in page for setup in endtoend.PAGE.setups)
+    assert all((tmp_path / "lab" / f"endtoend{end}").exists() for end in (".json", "-curves.png", "-differences.png"))
     made = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "lab").rglob("*.safetensors")}
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == done.stdout
     assert {path: os.stat(path).st_mtime_ns for path in made} == made
@@ -264,7 +292,7 @@ def test_the_real_language_model_is_measured_after_each_stage(lab, monkeypatch):
     assert "scenes/text.json:1" in commands["seed1/owl1-lora-text"]
     assert "scenes/text.json:1" not in commands["seed1/owl2-all-images"]
     assert "--train-abstractor" in commands["seed1/owl1-lora-images"]
-    assert "smol-owl2-plain" in commands["owl2-plain"] and "owl2" in commands["owl2-plain-text"]
+    assert "smol-owl2-plain" in commands["owl2-plain"]
 
     lab.out.joinpath("seed1").mkdir()
     right = {"all questions": [50, 200], "arithmetic": [1, 2]}
