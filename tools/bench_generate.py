@@ -2,6 +2,7 @@
 
     python -m tools.bench_generate                      bf16, int8 and int4 weights; on a CPU fp32 as well
     python -m tools.bench_generate --precision bf16 --quantize int8 --compile
+    python -m tools.bench_generate --preset owl2-1b --rows 1        a CPU at the 7B's width, without the comparison
 
 Each row of a batch reads an image and --length text tokens and generates --new-tokens tokens. The model is Owl2-7B on
 CUDA, mid-owl2 on a CPU (about ten minutes). The table shows medians over --repeats runs:
@@ -53,6 +54,7 @@ CPU = torch.device("cpu")
 def parse_args() -> argparse.Namespace:
     p = benchmark.make_parser("bench_generate", __doc__, length=64)
     p.add_argument("--quantize", choices=("none", *BITS), help="only these weights (default: all)")
+    p.add_argument("--rows", type=positive_int, nargs="+", help="only these batch sizes, and no comparison (default: 1 8 32)")
     p.add_argument("--compile", action="store_true", help="compiled decoding as well (each compilation takes a minute)")
     at_least_3 = number(int, lambda x: x >= 3, "3 or more")
     p.add_argument("--new-tokens", type=at_least_3, default=128, help="tokens to generate (default %(default)s)")
@@ -139,7 +141,7 @@ def print_generation(args: argparse.Namespace, dist: Dist) -> None:
         model = decoder = None  # frees the previous model
         torch.compiler.reset()  # the number of programs that torch compiles is limited
         gc.collect()
-        for compile, batch_size in product((False, True)[: 1 + args.compile], BATCH_SIZES):
+        for compile, batch_size in product((False, True)[: 1 + args.compile], args.rows or BATCH_SIZES):
             try:
                 model = model or random_model(args.preset, dist.device, dtype, bits)
                 if decoder is None or decoder.is_compiled != compile:
@@ -245,7 +247,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     benchmark.print_environment(dist)
     print_generation(args, dist)
-    if dist.device.type == "cpu":
+    if dist.device.type == "cpu" and args.rows is None:
         print()
         compare_transformers(args)
 

@@ -81,6 +81,7 @@ PRESETS = {
     "smol-owl2": lambda: owl2(*smol_parts()),
     "smol-owl2-plain": smol_owl2_plain,
     "mid-owl2": lambda: owl2(*mid_parts()),
+    "owl2-1b": lambda: owl2(ViTConfig(image_size=448, n_layer=6), AbstractorConfig(n_layer=2), LlamaConfig(n_layer=5)),
 }
 
 
