@@ -104,6 +104,8 @@ class Setup:
     end_to_end: bool = False  # no stage 1; stage 2 has the steps of both
     data: str = "both"  # of stage 2: a key of DATA
     lora: bool = False  # stage 2 trains adapters and the abstractor instead of everything
+    config: tuple[tuple[str, object], ...] = ()  # other fields of the model, such as ("llama.n_layer", 2)
+    recipe: tuple[tuple[str, str], ...] = ()  # other flags of stage 2, such as ("--lr", "2e-3")
 
     @property
     def stage1(self) -> str:
@@ -113,18 +115,27 @@ class Setup:
         name += f"-{self.image_size}px" if self.image_size != 64 else ""
         name += ("" if self.adaptive else "-plain") + ("-wide" if self.wide else "")
         name += f"-vit-{self.vit}" if self.vit != "trained" else ""
-        return name + (f"-{self.encoder}" if self.encoder != "scenes" else "")
+        name += f"-{self.encoder}" if self.encoder != "scenes" else ""
+        return name + "".join(f"-{field}={value}" for field, value in self.config)
 
     @property
     def stage2(self) -> str:
         if self.data == "none":
             return self.stage1
-        return f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "") + ("-end" if self.end_to_end else "")
+        name = f"{self.stage1}-{self.data}" + ("-lora" if self.lora else "") + ("-end" if self.end_to_end else "")
+        return name + "".join(f"-{flag.removeprefix('--')}={value}" for flag, value in self.recipe)
 
     @property
     def language(self) -> str:
         """Name of the language model that it starts from."""
-        return "language" + ("-owl1" if self.variant == "owl1" else "") + ("-wide" if self.wide else "")
+        name = "language" + ("-owl1" if self.variant == "owl1" else "") + ("-wide" if self.wide else "")
+        return name + "".join(f"-{field}={value}" for field, value in self.plain.config)
+
+    @property
+    def plain(self) -> "Setup":
+        """What the language model depends on."""
+        config = tuple((field, value) for field, value in self.config if field.startswith("llama."))
+        return Setup(self.variant, adaptive=False, wide=self.wide, config=config)
 
     def command(self, *command: str) -> list[str]:
         return ["experiments.patches", *command] if self.patches else list(command)
@@ -236,7 +247,7 @@ class Lab:
         """Runs a stage. n_point: number of its checkpoints."""
         n_step = max(1, round(n_step * self.scale))
         steps = ["--steps", str(n_step), "--save-every", str(max(1, n_step // n_point))]
-        self.run_once(name, *command, *common, *flags, *steps, "--out", name, "--resume")
+        self.run_once(name, *command, *common, *steps, *flags, "--out", name, "--resume")
         shutil.rmtree(self.out / name / "checkpoints", ignore_errors=True)  # each is three times the model's size
 
     def make_world(self, seed: int) -> None:
@@ -256,10 +267,9 @@ class Lab:
     def train_language(self, setup: Setup, seed: int) -> None:
         """Trains a language model on text in the prompt format of a variant. The rest of the model is not used."""
         name, world = f"seed{seed}/{setup.language}", f"seed{seed}/world"
-        plain = Setup(setup.variant, adaptive=False, wide=setup.wide)
 
         def random_model() -> Owl:
-            model = init_weights(create_model(plain))
+            model = init_weights(create_model(setup.plain))
             model.tokenizer_folder = self.out / world
             return model
 
@@ -283,6 +293,7 @@ class Lab:
         flags = ["--weights", start + ("-start" if setup.end_to_end else ""), "--mix", *mix, "--seed", str(seed)]
         flags += ["--image-size", str(setup.image_size), *STAGE2]
         flags += LORA if setup.lora else ["--lora-rank", "0", *VIT[setup.vit]]
+        flags += [word for pair in setup.recipe for word in pair]
         n_step = N_STEP_2 + (N_STEP_1 if setup.end_to_end else 0)
         command = setup.command("experiments.score", f"seed{seed}/world", "train_stage2")
         self.train(command, name, n_step, *flags)
@@ -313,7 +324,11 @@ def create_model(setup: Setup) -> Owl:
     config.llama.n_head = config.llama.n_kv_head = N_HEAD
     config.llama.n_mlp = N_MLP_WIDE if setup.wide else N_MLP
     config.llama.adaptive &= setup.adaptive
-    config.abstractor.n_query, config.abstractor.n_out = setup.n_query, N_EMBD
+    config.abstractor.n_query = setup.n_query
+    for field, value in setup.config:
+        part, name = field.split(".")
+        setattr(getattr(config, part), name, value)
+    config.abstractor.n_out = config.llama.n_embd
     resize(config, setup.image_size)
     model = Owl(config)
     if setup.patches:
@@ -343,16 +358,20 @@ def initial_model(language: Path, setup: Setup, seed: int) -> Owl:
 # --- the command line ---------------------------------------------------------------------------------
 
 
-@contextmanager
-def experiment(doc: str) -> Iterator[Lab]:
-    """The lab of an experiment's command line. On SIGTERM or Ctrl-C stops all runs and exits with 128 + signal."""
+def make_parser(doc: str) -> ArgumentParser:
+    """A parser with the flags that all experiments have."""
     p = ArgumentParser(prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=doc)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "experiments", help="folder (default: %(default)s)")
     p.add_argument("--seeds", type=positive_int, default=5, metavar="N", help="1 to N (default: %(default)s)")
     p.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="parallel runs (default: the cores)")
     p.add_argument("--images", type=positive_int, default=4000, metavar="N", help="per seed (default: %(default)s)")
     p.add_argument("--scale", type=positive_float, default=1.0, help="factor of all steps (default: 1)")
-    args = p.parse_args()
+    return p
+
+
+@contextmanager
+def experiment(args: argparse.Namespace) -> Iterator[Lab]:
+    """The lab of an experiment's command line. On SIGTERM or Ctrl-C stops all runs and exits with 128 + signal."""
     args.out = args.out.resolve()
 
     def stop(number: int, frame: object) -> None:

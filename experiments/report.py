@@ -15,7 +15,7 @@ from command import run
 from common.files import read_json, write_json
 from data.sources import read_rows
 from experiments.lab import LORA_RANK, N_STEP_1, N_STEP_2, N_STEP_LANGUAGE, Lab, Setup
-from experiments.lab import create_model, experiment, git_commit
+from experiments.lab import create_model, experiment, git_commit, make_parser
 from experiments.plots import save_curves, save_differences
 from experiments.statistics import Difference, paired_difference
 from train_stage1 import choose_trained as choose_stage1
@@ -30,9 +30,11 @@ SELECT: dict[str, tuple[str, Callable[[dict], bool]]] = {  # a test of score.py,
     "reading": ("test", lambda row: row["kind"] == "word"),
     "shapes": ("test", lambda row: row["kind"] == "shape"),
     "text": ("text_test", lambda row: True),
+    "objects, blank": ("blank", lambda row: row["kind"] != "word" and row["seen"]),
     "follows the image": ("conflict_image", lambda row: True),
     "follows the statement": ("conflict_text", lambda row: True),
 }
+SOURCE = {"blank": "test", "conflict_image": "conflict", "conflict_text": "conflict"}  # files of tests
 LEARNED = 50  # percent of the words that a model reads when reading counts as learned
 
 
@@ -44,7 +46,7 @@ class Page:
     doc: str  # of the script: the question, the criterion, what else differs
     setups: dict[str, Setup]
     pairs: list[tuple[str, str]]
-    paper: str  # what the paper reports
+    paper: str  # what the paper reports, "" for a question that is not from the papers
     metrics: tuple[str, ...] = METRICS
     extra: Callable[[Lab], str] | None = None
 
@@ -72,7 +74,7 @@ class Results:
                 values.append([tests["text_test" if metric == "text loss" else "test"]["loss"]])
                 continue
             test, select = SELECT[metric]
-            rows = self.rows["conflict" if test.startswith("conflict") else test, seed]
+            rows = self.rows[SOURCE.get(test, test), seed]
             right = tests[test]["right"]
             values.append([100.0 * int(bit) for row, bit in zip(rows, right, strict=True) if select(row)])
         return values
@@ -170,7 +172,7 @@ def write_page(lab: Lab, page: Page) -> None:
     parts = [
         f"# {title}",
         about,
-        f"**The paper reports**\n\n{page.paper.strip()}",
+        *([f"**The paper reports**\n\n{page.paper.strip()}"] if page.paper else []),
         f"**What was run.** {len(lab.seeds)} seeds, each with {lab.n_image:,} images of its own; steps of the language "
         f"model, stage 1 and stage 2: {steps}; {made['device']}, torch {made['torch']}, owlet "
         f"{made['owlet'] or git_commit()}.",
@@ -178,7 +180,7 @@ def write_page(lab: Lab, page: Page) -> None:
         f"seeds; loss: nats per token.\n\n{final_table(results)}",
         *([page.extra(lab)] if page.extra else []),
         "**Paired differences**: mean [95 % interval], smallest difference detectable with a power of 80 % "
-        f"(bootstrap over seeds and questions, Student's t).\n\n{difference_table(page, differences)}",
+        f"(Student's t over the seeds).\n\n{difference_table(page, differences)}",
         f"![differences]({page.name}-differences.png)",
         f"**Learning curves**: mean over the seeds, and each seed.\n\n![curves]({page.name}-curves.png)",
         f"**Costs** of an image and 100 text tokens.\n\n{cost_table(page)}",
@@ -196,7 +198,7 @@ def main(*pages: Page, doc: str = "") -> None:
     """The command of one or more experiments: makes their runs, then writes their pages."""
 
     def make() -> None:
-        with experiment(doc or pages[0].doc) as lab:
+        with experiment(make_parser(doc or pages[0].doc).parse_args()) as lab:
             lab.run_setups([setup for page in pages for setup in page.setups.values()])
             for page in pages:
                 write_page(lab, page)

@@ -7,7 +7,7 @@ WORLD is a folder of data.shapes.prepare, with the tests; what follows is the co
 Greedy decoding writes an answer if and only if each of its tokens, </s> included, is the most probable one after the
 tokens before it. So one forward pass over the questions with their answers is enough, and no text is generated.
 
-The model that the run started from is step 0. A question of conflict.json is scored with the answer of the image and
+The model that the run started from is step 0. The last one is also tested with blank images ("blank"). A question of conflict.json is scored with the answer of the image and
 with the answer of the statement. Scores have, for each step and test, the right answers as a text of 0 and 1, in the
 order of the file, and the mean loss per token.
 """
@@ -117,6 +117,8 @@ def main() -> None:
                 samples = {test: read_samples(args.world, test, spec, pixels) for test in TESTS}
             visual = encode(model.to(device), pixels)
             scores[step] = {test: score(model, samples[test], visual) for test in TESTS}
+        blank = encode(model, {"": torch.zeros_like(next(iter(pixels.values())))})[""]
+        scores[step]["blank"] = score(model, samples["test"], dict.fromkeys(pixels, blank))
         write_json(Path(f"{out}.scores.json"), scores)
 
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from command import run
 from common.files import read_json
 from evaluation.scoring import is_exact_match
-from experiments.lab import ROOT, Lab, experiment
+from experiments.lab import ROOT, Lab, experiment, make_parser
 from experiments.report import format_numbers, to_markdown
 
 STARTS = ("owl1", "owl2", "owl2-plain")  # presets smol-...
@@ -109,7 +109,7 @@ def table(lab: Lab, head: str, names: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    with experiment(__doc__) as lab:
+    with experiment(make_parser(__doc__).parse_args()) as lab:
         lab.run_parallel([partial(run_stage1, lab, start) for start in STARTS])
         lab.run_parallel([partial(run_stage2, lab, setup, seed) for seed in lab.seeds for setup in SETUPS])
         stage2 = {setup.name: [f"seed{seed}/{setup.name}" for seed in lab.seeds] for setup in SETUPS}

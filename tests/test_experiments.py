@@ -4,13 +4,13 @@ import argparse
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from inference.batch import ask
 from inference.fast_decode import FastDecoder
 from experiments import endtoend, patches, report, score, smol
 from experiments.statistics import paired_difference
-from experiments.lab import ENCODERS, N_EMBD, VIT, Lab, Setup, create_model, experiment, initial_model
+from experiments.lab import ENCODERS, N_EMBD, VIT, Lab, Setup, create_model, experiment, initial_model, make_parser
 from runs import run_main
 from training.presets import init_weights
 from weights import load_model, save_model
@@ -160,7 +160,7 @@ def test_one_experiment_at_a_time_uses_a_folder(lab, monkeypatch):
 @pytest.mark.parametrize("flags", [["--seeds", "0"], ["--jobs", "0"], ["--scale", "0"], ["--scale", "nan"]])
 def test_invalid_flags_are_user_errors(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["queries.py", "--out", str(tmp_path), *flags])
-    with pytest.raises(SystemExit) as stop, experiment(""):
+    with pytest.raises(SystemExit) as stop, experiment(make_parser("").parse_args()):
         pass
     err = capsys.readouterr().err
     assert stop.value.code == 2 and flags[0] in err and err.count("\n") == 1
@@ -209,18 +209,29 @@ def test_a_page_has_scores_and_differences(lab):
     assert all((lab.out / f"a-{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("curves", "differences"))
 
 
-def test_paired_differences_cover_seeds_and_questions():
+def test_paired_differences():
     ones, zeros = [[1.0] * 50] * 3, [[0.0] * 50] * 3
     found = paired_difference(ones, zeros)
     assert (found.mean, found.low, found.high, found.detectable) == (1.0, 1.0, 1.0, 0.0)
-    rng = random.Random(0)
-    noisy = [[float(rng.random() < 0.6) for _ in range(400)] for _ in range(5)]
-    found = paired_difference(noisy, [[0.0] * 400] * 5)
-    assert found.low < 0.6 < found.high and found.high - found.low < 0.13  # the standard error is 0.011
-    assert found.mean == pytest.approx(sum(map(sum, noisy)) / 2000)
     seeds_differ = paired_difference([[1.0] * 400, [0.5] * 400, [0.0] * 400], [[0.0] * 400] * 3)
     assert seeds_differ.per_seed == [1.0, 0.5, 0.0]  # their standard error is 0.5 / sqrt(3), and t is 4.3
-    assert seeds_differ.high - seeds_differ.mean == pytest.approx(4.3 * 0.5 / 3**0.5, rel=0.1)
+    assert seeds_differ.high - seeds_differ.mean == pytest.approx(4.3 * 0.5 / 3**0.5)
+    one_seed = paired_difference([[1.0, 0.0] * 200], [[0.0] * 400])  # a standard error of 0.5 / sqrt(399)
+    assert one_seed.high - one_seed.mean == pytest.approx(1.96 * 0.5 / 399**0.5)
+
+
+@pytest.mark.parametrize("n_seed, sd", [(3, 0.05), (5, 0.0), (5, 0.15)])
+def test_intervals_contain_the_true_difference_as_often_as_they_say(n_seed, sd):
+    """And a difference of the detectable size is found in at least 80 % of the experiments."""
+    rng = np.random.default_rng(0)
+    n, covered, power = 1000, 0, 0
+    for _ in range(n):
+        shares = rng.normal(0.5, sd, (2, n_seed, 1)).clip(0, 1)  # of questions right, with the same mean in both setups
+        x = paired_difference(*(1.0 * (rng.random((2, n_seed, 200)) < shares)).tolist())
+        covered += x.low < 0 < x.high
+        power += x.low + x.detectable > 0
+    assert abs(covered / n - 0.95) < 4 * (0.95 * 0.05 / n) ** 0.5
+    assert power / n > 0.8 - 4 * (0.8 * 0.2 / n) ** 0.5
 
 
 def test_scores_are_those_of_greedy_answers(language, tmp_path):
