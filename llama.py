@@ -136,8 +136,7 @@ class AdaptiveLinear(nn.Module):
         text, image = self.multiway
         if modality is None:
             return text(x)
-        y = torch.cat([text(x[: modality.n_text]), image(x[modality.n_text :])])  # [B * T, n_out]
-        return modality.unpermute(y)
+        return modality.unpermute(torch.cat([text(x[: modality.n_text]), image(x[modality.n_text :])]))
 
 
 class KVCache:

@@ -123,8 +123,9 @@ class Owl(nn.Module):
         if n_visual == 0:  # text only: the vision encoder does not run
             return x, None
         visual = images if images.ndim == 3 else self.encode_images(images)  # [N, n_query + 1, n_embd]
-        x = x.masked_scatter(is_image[..., None], visual.to(x.dtype))
-        return x, Modality.from_mask(is_image, n_visual)
+        modality = Modality.from_mask(is_image, n_visual)  # its order ends with the placeholders, row by row
+        x = x.flatten(0, 1).index_copy(0, modality.order[-n_visual:], visual.flatten(0, 1).to(x.dtype))
+        return x.view(*ids.shape, -1), modality
 
 
 def cross_entropy_sum(lm_head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:

@@ -103,8 +103,9 @@ class FakeStep(nn.Module):
         x, modality = llama.embed_tokens(ids), None  # [1, length, n_embd]
         if n_image > 0:
             visual = self.model.encode_images(images)
-            x = x.masked_scatter(is_image[..., None], visual.to(x.dtype))
             modality = Modality.from_mask(is_image, n_image * config.n_visual_tokens)
+            positions = modality.order[modality.n_text :]
+            x = x.flatten(0, 1).index_copy(0, positions, visual.flatten(0, 1).to(x.dtype))[None]
         x = llama(x, modality)
         targets = labels[0, :n_supervised]
         x = x[:, :-1].flatten(0, 1).index_select(0, targets)
