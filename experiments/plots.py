@@ -20,16 +20,19 @@ def save_curves(path: Path, curves: dict[str, dict[str, dict[int, list[float]]]]
     groups: dict[str, list[str]] = {}
     for name in next(iter(curves.values())):
         groups.setdefault(name.rpartition(", ")[0], []).append(name)
+    # A setup has the same color in all groups.
+    labels = list(dict.fromkeys(name.rpartition(", ")[2] for names in groups.values() for name in names))
     with pyplot.rc_context(STYLE):
         size = (3.3 * len(curves), 0.6 + 2.4 * len(groups))
         options = {"figsize": size, "sharex": True, "sharey": "col", "squeeze": False, "layout": "constrained"}
         figure, rows = pyplot.subplots(len(groups), len(curves), **options)
         for (group, names), panels in zip(groups.items(), rows):
             for panel, (metric, by_setup) in zip(panels, curves.items()):
-                for color, name in zip(COLORS, names):
+                for name in names:
+                    label = name.rpartition(", ")[2]
+                    color = COLORS[labels.index(label)]
                     steps, values = list(by_setup[name]), list(by_setup[name].values())
                     panel.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
-                    label = name.rpartition(", ")[2]
                     panel.plot(steps, list(map(fmean, values)), color=color, linewidth=2, label=label)
                 panel.set_title(f"{group}: {metric}" if group else metric, fontsize=9)
             panels[0].legend(frameon=False, fontsize=8)
