@@ -51,7 +51,8 @@ def parse_args() -> Namespace:
     p.add_argument("--max-frames", type=int, default=8, metavar="N", help="the most frames of a video (default 8)")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="images per forward pass (default 8)")
     p.add_argument("--device", default="auto", help="default: the first of cuda, mps, cpu")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    dtypes = "default: bfloat16, on a CPU without instructions for it float32"
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtypes)
     p.add_argument("--out", type=Path, metavar="FILE", help="append here (.csv, .jsonl) instead of printing")
     args = p.parse_args()
     if args.batch < 1 or args.max_frames < 1:
