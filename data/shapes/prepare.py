@@ -87,6 +87,7 @@ MORE_COLORS = {  # for scenes in which few pairs of shape and color are missing 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 RADIUS = {"big": 8, "small": 4}  # pixels
 NUMBERS = ("zero", "one", "two", "three", "four")
+MORE_NUMBERS = ("five", "six")  # of objects in scenes with more of them than any training scene (experiments/limits.py)
 COLUMNS = ("left", "middle", "right")
 ROWS = ("top", "bottom")
 KINDS = ("color", "shape", "count", "relation", "size", "compare", "there", "word")
@@ -211,13 +212,23 @@ class Turn(NamedTuple):
 # Scenes and their images
 
 
-def make_scene(rng: random.Random, held_out: bool = False, pairs: Sequence[tuple[str, str]] = SEEN_PAIRS) -> Scene:
-    """Returns a random scene. held_out: with one held-out pair and a held-out word. pairs: of its other objects."""
-    n_object = rng.randint(1, 4)
+def make_scene(
+    rng: random.Random,
+    held_out: bool = False,
+    pairs: Sequence[tuple[str, str]] = SEEN_PAIRS,
+    n_object: int | None = None,
+) -> Scene:
+    """Returns a random scene.
+
+    held_out: with one held-out pair and a held-out word. pairs: of its other objects. n_object: 1 to 6, or None: a
+    random number of 1 to 4.
+    """
+    n_object = n_object or rng.randint(1, 4)
     first = [rng.choice(sorted(HELD_OUT_PAIRS))] if held_out else []
     if rng.random() < 0.5:  # all share a shape or a color, so that counts differ from 0 and 1
         shared = rng.choice(first[0] if held_out else [*SHAPES, *COLORS])
-        first += rng.sample([pair for pair in pairs if shared in pair], n_object - len(first))
+        sharing = [pair for pair in pairs if shared in pair]
+        first += rng.sample(sharing, min(n_object - len(first), len(sharing)))
     rest = [pair for pair in pairs if pair not in first]
     chosen = first + rng.sample(rest, n_object - len(first))
     rng.shuffle(chosen)
@@ -233,20 +244,31 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     """Returns the image of a scene: RGB, 64 x 64 pixels. Objects and word are shifted by random numbers of pixels."""
     background = rng.randint(0, MAX_BACKGROUND)
     image = Image.new("RGB", (64, 64), (background, background, background))
+    draw_objects(image, scene, rng)
+    draw_word(image, scene.word, 8 + rng.randint(0, 3), 41 + rng.randint(0, 2))
+    return image
+
+
+def draw_objects(image: Image.Image, scene: Scene, rng: random.Random) -> None:
+    """Draws all objects of a scene, each shifted by random numbers of pixels."""
     canvas = ImageDraw.Draw(image)
     for item in scene.objects:
         x = CELL // 2 + 1 + CELL * item.column + rng.randint(-MAX_SHIFT, MAX_SHIFT)
         y = CELL // 2 + 1 + CELL * item.row + rng.randint(-MAX_SHIFT, MAX_SHIFT)
         draw_object(canvas, item, x, y)
-    x = 8 + rng.randint(0, 3)
-    y = 41 + rng.randint(0, 2)
-    for k, letter in enumerate(scene.word.split()):
-        # Bitmaps of the built-in font, enlarged by 2. One by one, because letters of a word touch in that font.
+
+
+def draw_word(image: Image.Image, word: str, x: int, y: int, *, scale: float = 2, pitch: int = 16) -> None:
+    """Draws a word whose first letter has its upper left corner at the pixel (x, y).
+
+    scale: of the built-in font. pitch: pixels from one letter to the next.
+    """
+    size = round(7 * scale), round(11 * scale)
+    for k, letter in enumerate(word.split()):
+        # Bitmaps of the built-in font, enlarged. One by one, because letters of a word touch in that font.
         mask = Image.new("1", (7, 11))
         ImageDraw.Draw(mask).text((0, 0), letter, fill=1, font=ImageFont.load_default_imagefont())
-        mask = mask.resize((14, 22), Image.Resampling.NEAREST)
-        image.paste(WORD_COLOR, (x + 16 * k, y), mask)
-    return image
+        image.paste(WORD_COLOR, (x + pitch * k, y), mask.resize(size, Image.Resampling.NEAREST))
 
 
 def draw_object(canvas: ImageDraw.ImageDraw, item: Object, x: int, y: int) -> None:
@@ -303,7 +325,7 @@ def questions_about(scene: Scene) -> list[Turn]:
     counted["things"] = list(scene.objects)
     for name, objects in counted.items():
         statement = f"The number of {name} is {{}}."
-        add("count", f"how many {name} are there?", NUMBERS[len(objects)], objects, statement, NUMBERS)
+        add("count", f"how many {name} are there?", (NUMBERS + MORE_NUMBERS)[len(objects)], objects, statement, NUMBERS)
 
     for direction in ("left of", "right of", "above", "below"):
         for item in scene.objects:
