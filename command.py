@@ -24,6 +24,11 @@ from typing import NoReturn
 
 from common.files import escape_controls, is_out_of_memory, printable
 
+# A thread that waits for others spins before it sleeps. By default it spins so long that a program on one of the cores
+# makes every step many times slower (docs/training.md). OpenMP reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 PACKAGES = {"torch": "torch", "numpy": "numpy", "sentencepiece": "sentencepiece", "safetensors": "safetensors"}
 PACKAGES |= {"PIL": "pillow", "tqdm": "tqdm"}  # module: package
 

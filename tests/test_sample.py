@@ -469,6 +469,16 @@ def test_without_the_modules_that_windows_lacks(tmp_path, command):
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
 
 
+@pytest.mark.parametrize(
+    "chosen, expected", [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_openmp_threads_spin_briefly_unless_the_user_chooses(chosen, expected):
+    code = "import command, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | chosen, capture_output=True, text=True)
+    assert result.stdout == f"{expected} False\n", result.stderr
+
+
 def test_the_memory_of_a_system_that_does_not_tell(monkeypatch):
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert device.device_memory(torch.device("cpu")) == 16 * 2**30
