@@ -124,7 +124,7 @@ class Owl(nn.Module):
             return x, None
         visual = images if images.ndim == 3 else self.encode_images(images)  # [N, n_query + 1, n_embd]
         modality = Modality.from_mask(is_image, n_visual)  # its order ends with the placeholders, row by row
-        x = x.flatten(0, 1).index_copy(0, modality.order[-n_visual:], visual.flatten(0, 1).to(x.dtype))
+        x = x.flatten(0, 1).index_copy(0, modality.order[modality.n_text :], visual.flatten(0, 1).to(x.dtype))
         return x.view(*ids.shape, -1), modality
 
 

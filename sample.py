@@ -128,8 +128,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--weights", type=Path, metavar="FOLDER", help=folder)
     add("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter in PEFT format, merged into the weights")
     add("--device", default="auto", type=device_name, help="cpu, cuda, cuda:1, mps; auto: the first of cuda, mps, cpu")
-    dtypes = "auto: bfloat16 on cuda, on mps, on a CPU that computes with it, and for quantized weights; otherwise float32, "
-    dtypes += "or bfloat16 if float32 does not fit the memory"
+    dtypes = "auto: bfloat16 on cuda, on mps, on a CPU that computes with it, and for quantized weights; otherwise "
+    dtypes += "float32, or bfloat16 if float32 does not fit the memory"
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtypes)
     bits = "quantize the language model's linear layers to 8 or 4 bits: an Owl2-7B then takes 8.7 or 5.4 GB, and "
     bits += "decodes faster where memory bandwidth is the limit (python -m tools.quantize saves quantized weights)"

@@ -16,7 +16,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Returns whether this CPU multiplies in bfloat16 (AVX-512 BF16; AMX includes it). Without, it is slowly emulated."""
+    """Returns whether this CPU has instructions for bfloat16 (AVX-512 BF16; AMX includes it), or emulates it slowly."""
     return torch.cpu._is_avx512_bf16_supported()
 
 

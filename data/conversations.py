@@ -95,6 +95,7 @@ class Batch:
 
     @property
     def n_supervised(self) -> int:
+        """Number of tokens that the loss is summed over."""
         return len(self.supervised)
 
     @property

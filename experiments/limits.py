@@ -1,6 +1,6 @@
 """Where does the embedded model stop working? Word length, letter size, new pairs, more objects, other backgrounds.
 
-    python -m experiments.limits                      # 8 minutes on one core; runs/experiments/limits.md
+    python -m experiments.limits                      # 11 minutes on one core; runs/experiments/limits.md
     python -m experiments.limits --questions 20       # to see it work; the intervals are wide
 
 No model is trained. checkpoints/tiny-owl2 answers questions about newly drawn scenes (data/shapes), greedily:
@@ -21,7 +21,7 @@ language model itself may write no other lengths than it was trained on.
 
 A condition is a limit (marked "below") if its 95 % interval is below the interval of its reference, the condition of
 training. It is a failure ("chance") if its interval is not above that of the same questions about other images.
-With 200 cells, a few marks of cells close to their reference are expected by chance.
+With some 250 cells, a few marks of cells close to their reference are expected by chance.
 
 What else differs: letters that are not enlarged by a whole number have strokes of uneven width. Letters of longer
 words, and of larger ones, are at places where training has none; compare with the moved words. With more objects fewer
@@ -485,8 +485,8 @@ def write_page(out: Path, cells: list[Cell], weights: Path, seed: int) -> None:
         "(unless all have the same answer).",
         "**Letter size (rows) and number of letters (columns)**, each letter centered where training has it; the first "
         "three letters compared\n\n" + table(cells, "letter size", first=True),
-        "**Word size (rows) and number of letters (columns)**, with the spaces enlarged; the first three letters compared"
-        "\n\n" + table(cells, "word size", first=True),
+        "**Word size (rows) and number of letters (columns)**, with the spaces enlarged; the first three letters "
+        "compared\n\n" + table(cells, "word size", first=True),
         "**The same, the whole word compared**\n\n" + table(cells, "word size"),
         "**Word place: pixels (rows) by which the word is moved beyond the places of training**\n\n"
         + table(cells, "word place"),

@@ -174,8 +174,8 @@ def write_page(lab: Lab, page: Page) -> None:
         about,
         *([f"**The paper reports**\n\n{page.paper.strip()}"] if page.paper else []),
         f"**What was run.** {len(lab.seeds)} seeds, each with {lab.n_image:,} images of its own; steps of the language "
-        f"model, stage 1 and stage 2: {steps}; {made['device']}, torch {made['torch']}, owlet "
-        f"{made['owlet'] or git_commit()}.",
+        f"model, stage 1 and stage 2, unless a setup says otherwise: {steps}; {made['device']}, torch {made['torch']}, "
+        f"owlet {made['owlet'] or git_commit()}.",
         "**Scores after the last step**: percent of the questions answered exactly, mean ± standard deviation over the "
         f"seeds; loss: nats per token.\n\n{final_table(results)}",
         *([page.extra(lab)] if page.extra else []),

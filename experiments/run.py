@@ -5,7 +5,7 @@
     python -m experiments.run --vary abstractor.n_layer=1,2         #   abstractor.py, with the name of the part
     python -m experiments.run --vary lr=5e-4,1e-3,2e-3              # fields of Recipe (training/options.py), in stage 2
     python -m experiments.run --vary vit=frozen,layer-wise          # fields of Setup (experiments/lab.py)
-    python -m experiments.run --quick                               # a known answer, in five minutes on two cores
+    python -m experiments.run --quick                               # a known answer, in three minutes on two cores
 
 Everything else is as in the other experiments: small models on drawn scenes, two stages, seeds with data of their own.
 The page compares each value with the first one, in pairs of equal seeds. A difference counts if its 95 % interval does
@@ -66,13 +66,13 @@ def make_setup(name: str, text: str) -> Setup:
         if name in config:
             return Setup(config=((name, parse_value(config[name], name, text)),))
         if name in recipe:
-            recipe[name](text)
-            flags = [(f"--{name.replace('_', '-')}", text)]
+            value = recipe[name](text)
+            flags = {f"--{name.replace('_', '-')}": value}
             if name == "batch":
-                flags.append(("--micro-batch", text))
+                flags["--micro-batch"] = value
             if name == "steps":
-                flags.append(("--save-every", str(max(1, int(text) // N_POINT))))
-            return Setup(recipe=tuple(flags))
+                flags["--save-every"] = max(1, value // N_POINT)
+            return Setup(recipe=tuple((flag, str(x)) for flag, x in flags.items()))
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{name} cannot be {text!r}: {error}") from None
     names = [*own, *config, *recipe]
@@ -85,6 +85,9 @@ def check_setup(setup: Setup, name: str, text: str) -> None:
     """Raises ValueError unless such a model can read an image."""
     try:
         model = init_weights(create_model(setup))
+        for part in (model.config.abstractor, model.config.llama):
+            if part.n_embd % part.n_head != 0:
+                raise ValueError(f"n_embd, {part.n_embd}, is not a multiple of n_head")
         ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * model.config.n_visual_tokens, 2]])
         model(ids, torch.zeros(1, 3, setup.image_size, setup.image_size))
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -95,9 +98,9 @@ def parse_vary(text: str) -> dict[str, Setup]:
     """Parses "n_query=4,8" into a setup per value. Raises ValueError."""
     name, equals, values = text.partition("=")
     texts = values.split(",")
-    if not equals or len(texts) < 2 or len(set(texts)) < len(texts):
+    setups = {f"{name}={value}": make_setup(name, value) for value in texts if equals}
+    if len(texts) < 2 or len(set(setups.values())) < len(texts):
         raise ValueError(f"--vary is NAME=VALUE,VALUE,... with different values, not {text!r}")
-    setups = {f"{name}={value}": make_setup(name, value) for value in texts}
     for (label, setup), value in zip(setups.items(), texts):
         check_setup(setup, name, value)
     return setups
@@ -132,7 +135,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--vary", metavar="NAME=VALUE,VALUE,...", help="a field, and the values to compare")
-    what.add_argument("--quick", action="store_true", help="image against blank image, with fewer images, steps and seeds")
+    what.add_argument("--quick", action="store_true", help="image against blank image; with few images, steps and seeds")
     args = parser.parse_args()
     if args.quick:
         args = argparse.Namespace(**vars(args) | QUICK)

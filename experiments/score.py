@@ -7,9 +7,9 @@ WORLD is a folder of data.shapes.prepare, with the tests; what follows is the co
 Greedy decoding writes an answer if and only if each of its tokens, </s> included, is the most probable one after the
 tokens before it. So one forward pass over the questions with their answers is enough, and no text is generated.
 
-The model that the run started from is step 0. The last one is also tested with blank images ("blank"). A question of conflict.json is scored with the answer of the image and
-with the answer of the statement. Scores have, for each step and test, the right answers as a text of 0 and 1, in the
-order of the file, and the mean loss per token.
+The model that the run started from is step 0. The last one is also tested with blank images ("blank"). A question of
+conflict.json is scored with the answer of the image and with the answer of the statement. Scores have, for each step
+and test, the right answers as a text of 0 and 1, in the order of the file, and the mean loss per token.
 """
 
 import runpy

@@ -1,8 +1,8 @@
 """Paired differences between two setups, with a 95 % interval and the smallest difference that is detectable.
 
-Each seed has its own data, questions included, so the means of the seeds are independent, and their spread contains the
-noise of the questions. A bootstrap over seeds and questions would count that noise twice: in simulations with 5 seeds of
-200 questions its intervals were 1.5 times too wide, and those of Student's t had the right coverage.
+Each seed has its own data, questions included. So the means of the seeds are independent, and their spread contains
+the noise of the questions. A bootstrap over seeds and questions would count that noise twice, and its intervals would
+be too wide; those of Student's t have the right coverage (tests/test_experiments.py).
 """
 
 import math

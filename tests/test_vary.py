@@ -14,7 +14,7 @@ def test_a_field_changes_what_depends_on_it():
     few, many = vary.parse_vary("n_query=4,64").values()
     assert create_model(few).config.n_query == 4 and few.language == many.language and few.stage1 != many.stage1
     low, high = vary.parse_vary("lr=1e-4,1e-3").values()
-    assert low.recipe == (("--lr", "1e-4"),) and low.stage1 == high.stage1 and low.stage2 != high.stage2
+    assert low.recipe == (("--lr", "0.0001"),) and low.stage1 == high.stage1 and low.stage2 != high.stage2
     deep = vary.parse_vary("abstractor.n_layer=1,3")["abstractor.n_layer=3"]
     assert len(create_model(deep).abstractor.layers) == 3 and deep.language == Setup().language
     wide = vary.parse_vary("llama.n_embd=32,64")["llama.n_embd=32"]
@@ -28,6 +28,8 @@ def test_a_field_changes_what_depends_on_it():
         "n_query": "NAME=VALUE",
         "n_query=4": "NAME=VALUE",
         "n_query=4,4": "different values",
+        "n_query=4,04": "different values",
+        "lr=1e-3,0.001": "different values",
         "colour=1,2": "no field 'colour'",
         "patches=true,false": "no field 'patches'",
         "vit.n_layer=2,4": "no field 'vit.n_layer'",
@@ -35,7 +37,7 @@ def test_a_field_changes_what_depends_on_it():
         "lr=1e-3,-1": "above 0",
         "vit=frozen,cold": "trained, layer-wise, frozen",
         "adaptive=true,maybe": "false, true",
-        "llama.n_head=4,3": "no model with llama.n_head=3",
+        "llama.n_head=4,3": "n_embd, 64, is not a multiple of n_head",
         "image_size=64,60": "not a multiple of the patch size",
         "n_query=16,-1": "above 0",
         "llama.n_layer=0,1": "above 0",

@@ -54,7 +54,7 @@ CPU = torch.device("cpu")
 def parse_args() -> argparse.Namespace:
     p = benchmark.make_parser("bench_generate", __doc__, length=64)
     p.add_argument("--quantize", choices=("none", *BITS), help="only these weights (default: all)")
-    p.add_argument("--rows", type=positive_int, nargs="+", help="only these batch sizes, and no comparison (default: 1 8 32)")
+    p.add_argument("--rows", type=positive_int, nargs="+", help="only these batch sizes, no comparison (default: 1 8 32)")
     p.add_argument("--compile", action="store_true", help="compiled decoding as well (each compilation takes a minute)")
     at_least_3 = number(int, lambda x: x >= 3, "3 or more")
     p.add_argument("--new-tokens", type=at_least_3, default=128, help="tokens to generate (default %(default)s)")

@@ -82,13 +82,14 @@ class Monitor:
 
     def update(self, micro_batches: list[Batch], *, loss: float, norm: float, lr: float) -> None:
         """Counts a step: this rank's micro-batches, and the loss and gradient norm over all ranks."""
+        count_flops = self.flop_counter.count
         for batch in micro_batches:
             self.skipped.add(batch)
         n_tokens, n_images, flops, self.n_skipped, self.n_signals = all_reduce_sum(
             self.dist,
             sum(batch.n_token for batch in micro_batches),
             sum(batch.n_image for batch in micro_batches),
-            sum(self.flop_counter.count(b.n_image, b.cu_seqlens.diff().tolist(), b.n_supervised) for b in micro_batches),
+            sum(count_flops(b.n_image, b.cu_seqlens.diff().tolist(), b.n_supervised) for b in micro_batches),
             self.skipped.count.total(),
             len(self.signals),
         )
