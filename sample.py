@@ -134,7 +134,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     bits = "quantize the language model's linear layers to 8 or 4 bits: an Owl2-7B then takes 8.7 or 5.4 GB, and "
     bits += "decodes faster where memory bandwidth is the limit (python -m tools.quantize saves quantized weights)"
     add("--quantize", choices=("int8", "int4"), help=bits)
-    compiled = "compile the decoding step: takes about a minute at the start and pays off over many tokens"
+    compiled = "compile the decoding step: takes some ten seconds at the start and pays off over many tokens"
     add("--compile", action="store_true", help=compiled)
     fits = "how an image becomes a square; default: as in the released chats, stretch for Owl1 and square for Owl2 "
     fits += "(Owl2's training scripts and image quality models pad)"

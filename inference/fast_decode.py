@@ -5,7 +5,7 @@ near that bound, a step must cost little else:
 
     static shapes    everything a step reads or writes is allocated once and updated in place. Attention covers
                      `attend_len` cache positions, rounded up to a multiple of 256.
-    compilation      torch.compile fuses the many small operations of a step (--compile).
+    compilation      torch.compile fuses the many small operations of a layer (--compile).
     CUDA graphs      on CUDA a step is captured as a graph per attend_len and replayed: one launch per token. A decoder
                      keeps its graphs for later answers, so make one per model and keep it.
     asynchronous     on CUDA the host reads each token one step late, so the device never waits for the host.
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.device import not_finite
 from generate import Sampling, prefill, sample_token
-from llama import KVCache, Llama
+from llama import Block, KVCache, Llama
 from model import Owl
 
 BUCKET = 256  # attend_len is a multiple of this, so that there are few shapes
@@ -80,10 +81,22 @@ def decode_step(llama: Llama, cache: KVCache, state: DecodeState) -> None:
 
 
 def compile_step() -> Callable[[Llama, KVCache, DecodeState], None]:
-    """Returns decode_step, compiled. Its first call takes about a minute."""
+    """Returns decode_step in compiled parts. All layers share one program, which takes seconds to compile."""
     # One program per sampling mode, and for one row or several: more than the 8 at which torch gives up.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(decode_step, fullgraph=True, dynamic=True, options={"coordinate_descent_tuning": True})
+    compiled = partial(torch.compile, fullgraph=True, dynamic=True, options={"coordinate_descent_tuning": True})
+    attention_context, block, select = map(compiled, (Llama.attention_context, Block.forward, select_token))
+
+    def compiled_step(llama: Llama, cache: KVCache, state: DecodeState) -> None:
+        token = state.token.clamp(min=0)
+        x = llama.embed_tokens(token)[:, None]  # [B, 1, n_embd]
+        context = attention_context(llama, x, None, cache, None)
+        for layer, k, v in zip(llama.layers, cache.k, cache.v):
+            x = block(layer, x, context, (k, v))
+        cache.lengths.add_(~state.finished)
+        select(llama, cache, state, llama.norm(x)[:, 0])
+
+    return compiled_step
 
 
 def use_column_major_weights(llama: Llama) -> None:

@@ -547,7 +547,7 @@ def compiled():
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"sampling": SAMPLED}], ids=["greedy", "sampled"])
 def test_compiled_equals_plain(compiled, settings):
-    """Over several buckets; one compilation for one row and one for any number of rows, and no graph break."""
+    """Over several buckets; no graph break; three parts, each compiled once for one row and once for several."""
     model, decoder = compiled
     settings = {"max_new_tokens": 20, "stop_at_eos": False, **settings}
     for n_compiled, batches in ((1, ([(BUCKET - 10, 1)], [(40, 0)])), (2, (SIZES, [(4, 0), (30, 0)]))):
@@ -563,7 +563,7 @@ def test_compiled_equals_plain(compiled, settings):
             assert torch.equal(caches[1].lengths, caches[0].lengths)
             for i, n in enumerate(caches[0].lengths.tolist()):
                 assert_close(caches[1].k[:, i, :, :n], caches[0].k[:, i, :, :n])
-        assert counters["stats"]["unique_graphs"] == n_compiled
+        assert counters["stats"]["unique_graphs"] == 3 * n_compiled
     assert sum(counters["graph_break"].values()) == 0
 
 
@@ -584,7 +584,7 @@ def test_all_kinds_of_compiled_steps_in_one_process(compiled, monkeypatch):
         ids = make_batch(model.config, B * [(4, 0)]).ids
         for _ in range(2):
             assert torch.equal(collect(decoder.generate(ids, **arguments)), collect(generate(model, ids, **arguments)))
-    assert 8 < counters["stats"]["unique_graphs"] <= 2 * len(samplings) * 2
+    assert 8 < counters["stats"]["unique_graphs"] - 4 <= 2 * len(samplings) * 2  # less the parts that do not sample
 
 
 # ----------------------------------------------------------------------------------------------------
