@@ -1,4 +1,4 @@
-"""The charts of the experiments: learning curves, and paired differences with their intervals."""
+"""The charts of the experiments: learning curves, paired differences with their intervals, scores by layer."""
 
 from pathlib import Path
 from statistics import fmean
@@ -66,4 +66,31 @@ def save_differences(path: Path, differences: dict[tuple[str, str], dict[str, Di
         panels[0].set_yticks(range(len(names)), names, fontsize=8)
         panels[0].invert_yaxis()
         figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+
+
+def save_layers(path: Path, numbers: dict[str, dict[str, dict[str, list[float]]]], names: list[str]) -> None:
+    """By model, layer and question, numbers per seed: a panel per question, dots for the seeds, a line for their mean.
+
+    The first model has all layers, in their order.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    places = {layer: i for i, layer in enumerate(next(iter(numbers.values())))}
+    with pyplot.rc_context(STYLE):
+        size = (2.9 * len(names), 3.9)
+        figure, panels = pyplot.subplots(1, len(names), figsize=size, sharey=True, layout="constrained")
+        for panel, name in zip(panels, names):
+            for color, (model, by_layer) in zip(COLORS, numbers.items()):
+                x, values = [places[layer] for layer in by_layer], [of[name] for of in by_layer.values()]
+                panel.plot(x, values, ".", color=color, markersize=3, alpha=0.5)
+                panel.plot(x, list(map(fmean, values)), color=color, label=model)
+            panel.set_xticks(list(places.values()), list(places), rotation=90, fontsize=7)
+            panel.set_title(name, fontsize=10)
+        panels[0].set_ylabel("percent right")
+        panels[0].legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=80)
         pyplot.close(figure)
