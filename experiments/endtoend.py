@@ -13,8 +13,26 @@ What else differs: a step of stage 1 costs less, as the decoder's weights have n
 this), so one stage has a little more compute. Learning rates and warm-up are those of stage 2.
 """
 
-from experiments.lab import Setup
-from experiments.report import Page, main
+import json
+from statistics import median
+
+from experiments.lab import Lab, Setup
+from experiments.report import Page, main, to_markdown
+
+
+def speed_and_memory(lab: Lab) -> str:
+    """A table of what the runs logged: the median tokens/s, and the highest peak memory of the process."""
+    rows = []
+    for name, setup in PAGE.setups.items():
+        stages = {"all": setup.stage2} if setup.end_to_end else {"stage 1": setup.stage1, "stage 2": setup.stage2}
+        for stage, run in stages.items():
+            files = [lab.out / f"seed{seed}/{run}/metrics.jsonl" for seed in lab.seeds]
+            lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+            speed, memory = median(x["tokens_per_s"] for x in lines), max(x["memory_gb"] for x in lines)
+            rows.append([name, stage, f"{speed:,.0f}", f"{memory:.2f}"])
+    table = to_markdown(["", "steps of", "tokens/s", "memory, GB"], rows)
+    return f"**Speed and memory** as the runs logged them ({lab.jobs} at a time on one machine).\n\n{table}"
+
 
 PAGE = Page(
     "endtoend",
@@ -26,6 +44,7 @@ PAGE = Page(
     },
     pairs=[("two stages", "one stage"), ("two stages", "one stage, no captions")],
     paper="The paper reports no comparison with training in one stage.",
+    extra=speed_and_memory,
 )
 
 if __name__ == "__main__":

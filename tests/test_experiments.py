@@ -291,6 +291,7 @@ def test_a_stopped_experiment_continues(tmp_path):
     assert (tmp_path / "lab/seed1/language.run.json").stat().st_mtime_ns == language
     page = (tmp_path / "lab/endtoend.md").read_text()
     assert all(f"\n| {setup} |" in page for setup in endtoend.PAGE.setups)
+    assert "\n| one stage | all | " in page  # the table of speed and memory
     assert all((tmp_path / "lab" / f"endtoend{end}").exists() for end in (".json", "-curves.png", "-differences.png"))
     made = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "lab").rglob("*.safetensors")}
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == done.stdout
