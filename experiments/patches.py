@@ -7,13 +7,15 @@ Model folders look like those of other models, but of the abstractor they contai
 
 import runpy
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import model
-from abstractor import AbstractorConfig
+from abstractor import Abstractor, AbstractorConfig
 from command import ArgumentParser
+from weights import load_model
 
 
 class Patches(nn.Module):
@@ -30,6 +32,15 @@ class Patches(nn.Module):
         """image: [N, 1 + P, n_embd] from the vision encoder. Returns [N, P + 1, n_out]."""
         x = self.fc(image[:, 1:])  # [N, P, n_out]
         return torch.cat([x, self.eos.expand(len(x), -1, -1)], dim=1)
+
+
+def load_patches(folder: Path) -> model.Owl:
+    """Loads a model with Patches. Raises as load_model does."""
+    model.Abstractor = Patches
+    try:
+        return load_model(folder)
+    finally:
+        model.Abstractor = Abstractor
 
 
 def main() -> None:

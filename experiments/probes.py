@@ -35,14 +35,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import model as model_file
 from abstractor import Abstractor
 from command import run
 from common.files import read_json, write_json
 from data.image import to_pixels
 from data.shapes.prepare import COLORS, COLUMNS, ROWS, SHAPES, Object, Scene, make_scene, render
 from experiments.lab import DEVICE, Lab, Setup, create_model, experiment, git_commit, make_parser
-from experiments.patches import Patches
+from experiments.patches import load_patches
 from experiments.plots import save_layers
 from experiments.report import format_numbers, to_markdown
 from experiments.statistics import paired_difference
@@ -54,7 +53,7 @@ SETUPS = {"16 queries": Setup(), "64 queries": Setup(n_query=64), "64 patches": 
 FIRST = "16 queries"  # all its layers are in the table
 PAIRS = [(FIRST, "random abstractor"), (FIRST, "64 patches"), ("64 queries", "64 patches"), (FIRST, "all random")]
 TOKENS = "visual tokens"
-N_TRAIN, N_TEST = 3000, 1000  # scenes
+N_TRAIN, N_TEST = 2000, 1000  # scenes
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # penalties, relative to the mean squared norm of the inputs
 BATCH = 100  # images
 Answers = list[int | None]  # the class of each scene; None where the question has no answer
@@ -159,9 +158,8 @@ def probe_all(x: Tensor, asked: dict[str, list[Answers]], n_train: int) -> dict[
 def models(lab: Lab, seed: int) -> Iterator[tuple[str, Owl]]:
     """Yields the models of a seed by name."""
     for name, setup in SETUPS.items():
-        model_file.Abstractor = Patches if setup.patches else Abstractor  # what load_model creates
-        yield name, load_model(lab.out / f"seed{seed}/{setup.stage2}")
-    model_file.Abstractor = Abstractor
+        load = load_patches if setup.patches else load_model
+        yield name, load(lab.out / f"seed{seed}/{setup.stage2}")
     torch.manual_seed(seed)
     model = load_model(lab.out / f"seed{seed}/{SETUPS[FIRST].stage2}")
     model.abstractor = init_weights(Abstractor(model.config.abstractor))
@@ -183,7 +181,7 @@ def measure(lab: Lab, seed: int) -> None:
     for name, model in models(lab, seed):
         scores[name] = {}
         for layer, x in layers(model.eval(), pixels).items():
-            if name == FIRST or layer != "pixels":  # which are the same for all models
+            if name == FIRST or not layer.startswith(("pixels", "encoder")):
                 scores[name][layer] = probe_all(x, asked, N_TRAIN) | {"inputs": x.shape[1]}
     write_json(path, scores)
 
@@ -199,7 +197,7 @@ def write_page(lab: Lab) -> None:
     }
     rows = []
     for model, by_layer in numbers.items():
-        for layer in by_layer if model == FIRST else [x for x in by_layer if x in ("", "patch features", TOKENS)]:
+        for layer in by_layer:
             cells = [format_numbers(by_layer[layer][name]) for name in names]
             rows.append([f"{model}: {layer}" if layer else model, f"{first[model][layer]['inputs']:,}", *cells])
     differences = []

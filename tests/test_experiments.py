@@ -94,6 +94,9 @@ def test_patches_are_visual_tokens(language, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     save_model(model, Path("model"))
+    assert torch.equal(patches.load_patches(Path("model")).encode_images(images), visual)
+    with pytest.raises(ValueError):
+        load_model(Path("model"))  # other models are again loaded with an abstractor
     Image.new("RGB", (64, 64), (200, 30, 90)).save("a.png")
     turns = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]
     Path("a.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
